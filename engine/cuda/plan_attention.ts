@@ -30,18 +30,23 @@ function sizesOf(args: LaunchArguments): AttentionSizes {
 const isFlash = ({ d }: AttentionSizes, { elementBytes }: PlanContext): boolean =>
   elementBytes === 2 && d <= FLASH_HEAD && d % 8 === 0;
 
+interface Flash {
+  readonly rows: number;
+  /** Of the rows, to a block. */
+  readonly each: number;
+  readonly shared: number;
+  readonly pointers: LaunchArguments;
+}
+
 function flash(
   entry: string,
-  rows: number,
-  perBlock: number,
-  shared: number,
-  pointers: LaunchArguments,
+  { rows, each, shared, pointers }: Flash,
   { n, heads, lq, lk, d, causal, scale }: AttentionSizes,
 ): KernelLaunch {
   return {
     family: 'attention',
     entry: `attention_flash_${entry}`,
-    grid: [divideUp(rows, perBlock), n * heads, 1],
+    grid: [divideUp(rows, each), n * heads, 1],
     block: FLASH_THREADS,
     shared,
     args: [...pointers, heads, lq, lk, d, causal, scale],
@@ -124,10 +129,10 @@ function forward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const s = sizesOf(args.slice(5));
   const { n, heads, lq, lk, causal, scale } = s;
   if (isForHopper(s, context)) return hopperForward(args, s, context);
-  if (isFlash(s, context))
-    return [
-      flash('forward', lq, QUERIES, (QUERIES / ROWS) * TILE_BYTES + 4 * TILE_BYTES, [y, lse, q, k, v], s),
-    ];
+  if (isFlash(s, context)) {
+    const shared = (QUERIES / ROWS) * TILE_BYTES + 4 * TILE_BYTES;
+    return [flash('forward', { rows: lq, each: QUERIES, shared, pointers: [y, lse, q, k, v] }, s)];
+  }
   const { row, scores, across } = pieces(s, context);
   const [z, stride] = [n * heads, padded(lk)];
   const all = ranges(lq, z * (lk * 4 + stride * weightBytes(context)));
@@ -151,11 +156,12 @@ function backward(args: LaunchArguments, context: PlanContext): KernelLaunch[] {
   const first = byRows('attention_delta', z * lq, [delta, dy, y, heads, lq, d, z * lq]);
   if (isFlash(s, context)) {
     const inputs = [dy, lse, delta, q, k, v];
-    const forKeys = 6 * TILE_BYTES + 4 * ROWS * 4;
+    const shared = 6 * TILE_BYTES;
+    const forKeys = shared + 4 * ROWS * 4;
     return [
       first,
-      flash('backward_q', lq, ROWS, 6 * TILE_BYTES, [dq, ...inputs], s),
-      flash('backward_kv', lk, ROWS, forKeys, [dk, dv, ...inputs], s),
+      flash('backward_q', { rows: lq, each: ROWS, shared, pointers: [dq, ...inputs] }, s),
+      flash('backward_kv', { rows: lk, each: ROWS, shared: forKeys, pointers: [dk, dv, ...inputs] }, s),
     ];
   }
   const { row, scores, across, along } = pieces(s, context);

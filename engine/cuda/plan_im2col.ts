@@ -53,12 +53,18 @@ function paddedRows(from: bigint, rows: number, length: number, context: PlanCon
   return columnsOf(from, { n: rows, image: [1, 1, length], grid: [1, 1], taps: [1, 1, 1, 0, 0, 0] }, context);
 }
 
+interface Sums {
+  readonly y: bigint;
+  readonly sums: bigint;
+  /** Columns of a row of sums. */
+  readonly row: number;
+  /** bias, shift, residual. */
+  readonly extras?: readonly LaunchArgument[];
+}
+
 function summed(
-  y: bigint,
-  sums: bigint,
-  extras: readonly LaunchArgument[],
+  { y, sums, row, extras = [0n, 0n, 0n] }: Sums,
   g: Geometry,
-  row: number,
   context: PlanContext,
 ): KernelLaunch {
   const args = [y, sums, ...extras, pixelsOf(g), ...numbersOf(g), row];
@@ -97,7 +103,7 @@ function ofFewOutputs({ symbol, pointers, geometry }: Call, context: PlanContext
     const size = { batch: 1, m, n: width, k: c, aStride: c, bStride: c };
     const { launches, sums, row } = productSums({ layout: 'nt', a: first, b: second, ...size }, context);
     const g: Geometry = { n, image: [h, w, o], grid: [oh, ow], taps: [kh, kw, stride, top, left, 0] };
-    return [...launches, summed(y, sums, [bias, shift, residual], g, row, context)];
+    return [...launches, summed({ y, sums, row, extras: [bias, shift, residual] }, g, context)];
   }
   const g: Geometry = { n, image: [oh, ow, o], grid: [h, w], taps: [kh, kw, stride, top, left, 1] };
   const a = columnsOf(first, g, context);
@@ -119,7 +125,7 @@ function ofFewInputs({ symbol, pointers, geometry }: Call, context: PlanContext)
     const size = { batch: 1, m: made, n: b.padded, k: o, aStride: o, bStride: b.padded };
     const { launches, sums, row } = productSums({ layout: 'nn', a: first, b: b.at, ...size }, context);
     const g: Geometry = { n, image: [oh, ow, c], grid: [h, w], taps: [kh, kw, stride, top, left, 1] };
-    return [...b.launches, ...launches, summed(y, sums, [0n, 0n, 0n], g, row, context)];
+    return [...b.launches, ...launches, summed({ y, sums, row }, g, context)];
   }
   const seen: Geometry = { n, image: [h, w, c], grid: [oh, ow], taps: [kh, kw, stride, top, left, 0] };
   if (symbol === 'conv2d_forward') {

@@ -113,13 +113,17 @@ function cutOf(
   return best;
 }
 
+/** A launch's arguments, around those that the cut gives it. */
+interface Given {
+  readonly of: readonly [n: number, c: number, groups: number];
+  readonly first: LaunchArguments;
+  readonly last: LaunchArguments;
+}
+
 function launchOf(
   entry: string,
   { slabGroups, blocks, share, kept, shared }: Cut,
-  tensors: LaunchArguments,
-  [n, c, groups]: readonly number[],
-  sizes: readonly number[],
-  attributes: readonly number[],
+  { of: [n, c, groups], first, last }: Given,
 ): KernelLaunch {
   const width = c / groups;
   const lanes = Math.floor((SLAB_THREADS * WIDE) / (slabGroups * width));
@@ -127,7 +131,7 @@ function launchOf(
   return {
     ...{ family: 'norm_sm90', entry, grid: [blocks, groups / slabGroups, n], block: SLAB_THREADS },
     ...{ cluster: blocks, shared },
-    args: [...tensors, ...sizes, groups, width, slabGroups, lanes, share, kept, part, ...attributes],
+    args: [...first, groups, width, slabGroups, lanes, share, kept, part, ...last],
   };
 }
 
@@ -137,7 +141,8 @@ export function groupNormOnHopper(args: LaunchArguments, context: PlanContext): 
   const large = n * hw * c * context.elementBytes > MOST_BYTES;
   const cut = own % WIDE || large ? undefined : cutOf([n, hw, c, groups], context, FORWARD);
   if (!cut) return undefined;
-  return [launchOf('group_norm_cluster', cut, args.slice(0, 7), [n, c, groups], [hw, c, own], [silu, eps])];
+  const first = [...args.slice(0, 7), hw, c, own];
+  return [launchOf('group_norm_cluster', cut, { of: [n, c, groups], first, last: [silu, eps] })];
 }
 
 /**
@@ -154,7 +159,7 @@ export function groupNormBackwardOnHopper(
   if (!cut) return undefined;
   const rows = n * cut.blocks;
   const partial = dweight || dbias ? context.workspace(rows * 2 * c * FLOAT) : 0n;
-  const tensors = [dx, partial, ...inputs];
-  const launch = launchOf('group_norm_backward_cluster', cut, tensors, [n, c, groups], [hw, c], [silu]);
+  const first = [dx, partial, ...inputs, hw, c];
+  const launch = launchOf('group_norm_backward_cluster', cut, { of: [n, c, groups], first, last: [silu] });
   return { launch, partial, rows };
 }

@@ -157,18 +157,20 @@ function groupNormOfJoined(args: LaunchArguments, context: PlanContext): KernelL
   return [place(x, 0, own), place(skip, own, c - own), ...groupNormForward(joined, context)];
 }
 
-/**
- * The launch that joins sums [images, rows, 2, c] of chunks of rows: the gradients of bias and weight, those that are wanted, and
- * where `sums` is, each image's.
- */
-function join(
-  [dweight, dbias]: readonly LaunchArgument[],
-  sums: bigint,
-  partial: bigint,
-  images: number,
-  rows: number,
-  c: number,
-): KernelLaunch {
+interface Joined {
+  readonly dweight: LaunchArgument;
+  readonly dbias: LaunchArgument;
+  /** Each image's sums, where they are wanted. */
+  readonly sums?: bigint;
+  /** [images, rows, 2, c], of chunks of rows. */
+  readonly partial: bigint;
+  readonly images?: number;
+  readonly rows: number;
+  readonly c: number;
+}
+
+/** The launch that joins sums to the gradients of bias and weight, those that are wanted. */
+function join({ dweight, dbias, sums = 0n, partial, images = 1, rows, c }: Joined): KernelLaunch {
   const args = [dweight, dbias, sums, partial, images, rows, c];
   return block('norm', 'norm_join', [divideUp(2 * c, JOIN_COLUMNS), 1], 0, args);
 }
@@ -179,7 +181,7 @@ function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelL
   const hopper = groupNormBackwardOnHopper(args, context);
   if (hopper) {
     const { launch, partial, rows } = hopper;
-    return partial ? [launch, join([dweight, dbias], 0n, partial, 1, rows, c)] : [launch];
+    return partial ? [launch, join({ dweight, dbias, partial, rows, c })] : [launch];
   }
   const [rows, own] = [rowsToSum(c), rowsToWrite(c)];
   const chunks = divideUp(hw, rows);
@@ -193,7 +195,7 @@ function groupNormBackward(args: LaunchArguments, context: PlanContext): KernelL
       ...shape,
       rows,
     ]),
-    join([dweight, dbias], sums, partial, n, chunks, c),
+    join({ dweight, dbias, sums, partial, images: n, rows: chunks, c }),
   ];
   if (!dx) return made;
   const last = [dx, sums, ...inputs, ...shape, own];
@@ -223,7 +225,7 @@ function layerNormBackward(args: LaunchArguments, context: PlanContext): KernelL
   const entry = staged ? 'layer_norm_backward_staged' : 'layer_norm_backward_rows';
   const last = [dx, partial, ...inputs, total, c, share];
   const rows = block('norm', entry, [blocks, 1], staged ?? 2 * c * FLOAT, last);
-  return partial ? [rows, join([dweight, dbias], 0n, partial, 1, blocks, c)] : [rows];
+  return partial ? [rows, join({ dweight, dbias, partial, rows: blocks, c })] : [rows];
 }
 
 /** A warp to each row. */

@@ -86,26 +86,26 @@ const attentionOp = defineOp<AttentionAttrs>({
     },
   },
   samples: [
-    sample(1, 1, 1, 8, 1),
-    sample(2, 5, 7, 24, 3),
-    sample(1, 17, 77, 16, 1),
-    sample(1, 33, 33, 64, 1),
-    sample(2, 9, 9, 32, 2, true),
-    sample(1, 20, 13, 96, 2),
-    sample(1, 33, 17, 512, 1),
+    sample([1, 1, 1, 8], 1),
+    sample([2, 5, 7, 24], 3),
+    sample([1, 17, 77, 16], 1),
+    sample([1, 33, 33, 64], 1),
+    sample([2, 9, 9, 32], 2, true),
+    sample([1, 20, 13, 96], 2),
+    sample([1, 33, 17, 512], 1),
     // Heads of 64 with more keys than the text has.
-    sample(1, 70, 130, 64, 1),
-    sample(2, 5, 81, 128, 2),
-    sample(1, 65, 90, 64, 1, true),
-    sample(1, 66, 130, 256, 4),
+    sample([1, 70, 130, 64], 1),
+    sample([2, 5, 81, 128], 2),
+    sample([1, 65, 90, 64], 1, true),
+    sample([1, 66, 130, 256], 4),
     ...awkwardSizes.map(([lq, lk], i) => {
       const [heads, d] = [1 + (i % 2), [64, 8, 40, 24, 80, 17, 128][i % 7]];
-      return sample(1 + (i % 3 > 1 ? 1 : 0), lq, lk, heads * d, heads, i % 5 === 4);
+      return sample([1 + (i % 3 > 1 ? 1 : 0), lq, lk, heads * d], heads, i % 5 === 4);
     }),
   ],
 });
 
-function sample(n: number, lq: number, lk: number, c: number, heads: number, causal = false) {
+function sample([n, lq, lk, c]: readonly number[], heads: number, causal = false) {
   const inputs = { q: [n, lq, c], k: [n, lk, c], v: [n, lk, c] };
   return { inputs, attrs: { heads, causal, scale: (c / heads) ** -0.5 } };
 }

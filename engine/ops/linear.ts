@@ -6,7 +6,6 @@ import {
   apply,
   defineOp,
   type Launch,
-  type Numbers,
   type RefTensor,
   type RefTensors,
   sameFloat,
@@ -70,7 +69,10 @@ export function checkLinear(op: string, t: Tensors, activation: Activation): rea
 /** y of t's x, weight, bias and residual. */
 export function linearReference({ y, x, weight, bias, residual }: RefTensors, activation: Activation): void {
   const { m, n, h, k } = dims(x.shape, weight.shape, activation);
-  const pre = product(x.data, weight.data, bias?.data, m, h, k);
+  const pre = new Float64Array(m * h);
+  for (let i = 0; i < m; i++)
+    for (let j = 0; j < h; j++)
+      pre[i * h + j] = (bias ? bias.data[j] : 0) + dotAt(x.data, i * k, weight.data, j * k, k);
   for (let i = 0; i < m; i++)
     for (let j = 0; j < n; j++) {
       const at = i * h + j;
@@ -169,20 +171,6 @@ function awkwardInputs([m, n, h, k]: readonly number[], i: number) {
   return { x: [m, k], weight: [h, k], ...(i % 4 ? more : {}) };
 }
 
-function product(
-  x: Numbers,
-  weight: Numbers,
-  bias: Numbers | undefined,
-  m: number,
-  n: number,
-  k: number,
-): Float64Array {
-  const y = new Float64Array(m * n);
-  for (let i = 0; i < m; i++)
-    for (let j = 0; j < n; j++) y[i * n + j] = (bias ? bias[j] : 0) + dotAt(x, i * k, weight, j * k, k);
-  return y;
-}
-
 /**
  * activation(x W^T + bias) + residual. x [..., k], weight [n, k], bias [n], residual [..., n] → [..., n].
  * `geglu` takes weight [2n, k] and gives the first half times gelu of the second (Shazeer 2020).
@@ -238,21 +226,13 @@ const matmulOp = defineOp<MatmulAttrs>({
     const { m, n, k } = matmulDims(t.a.shape, t.b.shape, attrs);
     return 2 * batchOf(t.a.shape) * m * n * k;
   },
-  forward: (t, attrs, launch) => launchMatmul(launch, t.y, t.a, t.b, attrs.transA, attrs.transB),
-  backward(t, { transA, transB }, launch) {
-    if (t.da && !transA) launchMatmul(launch, t.da, t.dy, t.b, false, !transB);
-    if (t.da && transA) launchMatmul(launch, t.da, t.b, t.dy, transB, true);
-    if (t.db && !transB) launchMatmul(launch, t.db, t.a, t.dy, !transA, false);
-    if (t.db && transB) launchMatmul(launch, t.db, t.dy, t.a, true, transA);
+  forward: ({ y, a, b }, attrs, launch) => launchMatmul(launch, { y, a, b, ...attrs }),
+  backward(t, attrs, launch) {
+    for (const product of gradients(t, attrs)) launchMatmul(launch, product);
   },
   reference: {
-    forward: ({ y, a, b }, attrs) => multiply(y, a, b, attrs.transA, attrs.transB),
-    backward(t, { transA, transB }) {
-      if (t.da && !transA) multiply(t.da, t.dy, t.b, false, !transB);
-      if (t.da && transA) multiply(t.da, t.b, t.dy, transB, true);
-      if (t.db && !transB) multiply(t.db, t.a, t.dy, !transA, false);
-      if (t.db && transB) multiply(t.db, t.dy, t.a, true, transA);
-    },
+    forward: ({ y, a, b }, attrs) => multiply({ y, a, b, ...attrs }),
+    backward: (t, attrs) => gradients(t, attrs).forEach(multiply),
   },
   samples: [
     { inputs: { a: [3, 5], b: [5, 7] }, attrs: { transA: false, transB: false } },
@@ -271,19 +251,34 @@ const matmulOp = defineOp<MatmulAttrs>({
   ],
 });
 
-function launchMatmul(
-  launch: Launch,
-  c: Tensor,
-  a: Tensor,
-  b: Tensor,
-  transA: boolean,
-  transB: boolean,
-): void {
-  const { m, n, k } = matmulDims(a.shape, b.shape, { transA, transB });
-  launch('matmul_forward', [c, a, b, batchOf(a.shape), m, n, k, Number(transA), Number(transB)]);
+/** y = op(a) op(b). */
+interface Product<T> extends MatmulAttrs {
+  y: T;
+  a: T;
+  b: T;
 }
 
-function multiply(c: RefTensor, a: RefTensor, b: RefTensor, transA: boolean, transB: boolean): void {
+/** The gradients of a and b, where they are wanted. */
+function gradients<T>(
+  { a, b, dy, da, db }: Record<string, T>,
+  { transA, transB }: MatmulAttrs,
+): Product<T>[] {
+  const ofA = transA
+    ? { y: da, a: b, b: dy, transA: transB, transB: true }
+    : { y: da, a: dy, b, transA: false, transB: !transB };
+  const ofB = transB
+    ? { y: db, a: dy, b: a, transA: true, transB: transA }
+    : { y: db, a, b: dy, transA: !transA, transB: false };
+  return [ofA, ofB].filter(({ y }) => y);
+}
+
+function launchMatmul(launch: Launch, { y, a, b, ...attrs }: Product<Tensor>): void {
+  const { m, n, k } = matmulDims(a.shape, b.shape, attrs);
+  const flags = [attrs.transA, attrs.transB].map(Number);
+  launch('matmul_forward', [y, a, b, batchOf(a.shape), m, n, k, ...flags]);
+}
+
+function multiply({ y, a, b, transA, transB }: Product<RefTensor>): void {
   const { m, n, k } = matmulDims(a.shape, b.shape, { transA, transB });
   for (let z = 0; z < batchOf(a.shape); z++)
     for (let i = 0; i < m; i++)
@@ -293,7 +288,7 @@ function multiply(c: RefTensor, a: RefTensor, b: RefTensor, transA: boolean, tra
           const left = a.data[z * m * k + (transA ? p * m + i : i * k + p)];
           total += left * b.data[z * k * n + (transB ? j * k + p : p * n + j)];
         }
-        c.data[(z * m + i) * n + j] = total;
+        y.data[(z * m + i) * n + j] = total;
       }
 }
 

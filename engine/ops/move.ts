@@ -48,17 +48,15 @@ const concatOp = defineOp<ConcatAttrs>({
   },
   reference: {
     forward(t, { axis, lengths }) {
-      const [outer, n, inner] = around(t.y.shape, axis);
       lengths.forEach((length, i) => {
-        eachInSlice(outer, n, startOf(lengths, i), length, inner, (whole, part) => {
+        eachInSlice(around(t.y.shape, axis), startOf(lengths, i), length, (whole, part) => {
           t.y.data[whole] = t[`x${i}`].data[part];
         });
       });
     },
     backward(t, { axis, lengths }) {
-      const [outer, n, inner] = around(t.dy.shape, axis);
       partsOf(t, 'dx', lengths.length).forEach((dx, i) => {
-        eachInSlice(outer, n, startOf(lengths, i), lengths[i], inner, (whole, part) => {
+        eachInSlice(around(t.dy.shape, axis), startOf(lengths, i), lengths[i], (whole, part) => {
           if (dx) dx.data[part] = t.dy.data[whole];
         });
       });
@@ -77,12 +75,11 @@ const concatOp = defineOp<ConcatAttrs>({
   ],
 });
 
+/** Visits `length` entries from `start` of the middle one of three axes. */
 function eachInSlice(
-  outer: number,
-  n: number,
+  [outer, n, inner]: readonly number[],
   start: number,
   length: number,
-  inner: number,
   visit: (whole: number, part: number) => void,
 ): void {
   for (let o = 0; o < outer; o++)
@@ -124,15 +121,13 @@ const sliceOp = defineOp<SliceAttrs>({
   },
   reference: {
     forward({ y, x }, { axis, start, length }) {
-      const [outer, n, inner] = around(x.shape, axis);
-      eachInSlice(outer, n, start, length, inner, (whole, part) => {
+      eachInSlice(around(x.shape, axis), start, length, (whole, part) => {
         y.data[part] = x.data[whole];
       });
     },
     backward({ dx, dy }, { axis, start, length }) {
-      const [outer, n, inner] = around(dx.shape, axis);
       dx.data.fill(0);
-      eachInSlice(outer, n, start, length, inner, (whole, part) => {
+      eachInSlice(around(dx.shape, axis), start, length, (whole, part) => {
         dx.data[whole] = dy.data[part];
       });
     },

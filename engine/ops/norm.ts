@@ -78,7 +78,7 @@ const groupNormOp = defineOp<GroupNormAttrs>({
             silu
               ? t.dy.data[i] * scalar.silu.df(h * t.weight.data[i % c] + t.bias.data[i % c])
               : t.dy.data[i];
-          normBackward(t, indices, c, mean, rstd, outer);
+          normBackward(t, { indices, c, mean, rstd }, outer);
         });
       }),
   },
@@ -137,10 +137,7 @@ function clearAffine(t: RefTensors): void {
 /** Adds one normalized set's share to dweight and dbias, and writes its dx. `outer` is dL/d(affine output). */
 function normBackward(
   t: RefTensors,
-  indices: readonly number[],
-  c: number,
-  mean: number,
-  rstd: number,
+  { indices, c, mean, rstd }: { indices: readonly number[]; c: number; mean: number; rstd: number },
   outer: (i: number, h: number) => number,
 ): void {
   const normalized = indices.map((i) => (t.x.data[i] - mean) * rstd);
@@ -216,7 +213,7 @@ const layerNormOp = defineOp<{ eps: number }>({
     backward(t) {
       clearAffine(t);
       eachRow(t.x, (row, indices, c) =>
-        normBackward(t, indices, c, t.mean.data[row], t.rstd.data[row], (i) => t.dy.data[i]),
+        normBackward(t, { indices, c, mean: t.mean.data[row], rstd: t.rstd.data[row] }, (i) => t.dy.data[i]),
       );
     },
   },
