@@ -184,7 +184,9 @@ async function write(response: ServerResponse, reply: Reply): Promise<void> {
     return;
   }
   const send = (event: string, data: unknown): void => {
-    if (!response.headersSent) response.writeHead(200, { 'Content-Type': 'text/event-stream' });
+    // nginx would keep events until the answer ends.
+    if (!response.headersSent)
+      response.writeHead(200, { 'Content-Type': 'text/event-stream', 'X-Accel-Buffering': 'no' });
     response.write(`event: ${event}\ndata: ${JSON.stringify(data)}\n\n`);
   };
   await reply.events(send);

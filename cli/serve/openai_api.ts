@@ -66,6 +66,9 @@ const flagKeys: Readonly<Record<string, string>> = {
   ...{ '--image': 'image', '--mask': 'mask', '--strength': 'strength' },
 };
 
+/** Previews of an answer: OpenAI has up to 3, and the page asks for more. */
+export const mostPartials = 20;
+
 /** How the pictures are handed over. */
 function answerOf(body: Body) {
   const kind = oneOf('response_format', ['b64_json', 'url'])(String(body.response_format ?? 'b64_json'));
@@ -76,7 +79,7 @@ function answerOf(body: Body) {
     format,
     isUrl: kind === 'url',
     quality: Math.max(1, whole('output_compression', 100, 100)),
-    partials: whole('partial_images', 0, 3),
+    partials: whole('partial_images', 0, mostPartials),
     stream: body.stream === true || body.stream === 'true',
   };
 }
@@ -105,14 +108,15 @@ async function whole(queue: Queue, order: Order, answer: Answer, signal: AbortSi
   return { json: { created: now(), output_format: answer.format, data } };
 }
 
-/** So many previews, spread over the steps, then each picture. */
+/** So many previews, spread over the steps, and each picture as it is finished. */
 function events(queue: Queue, order: Order, answer: Answer, signal: AbortSignal, kind: string): Reply {
   return {
     async events(send) {
       const told = { created_at: now(), output_format: answer.format };
-      const [all, partial] = [answer.partials, `${kind}.partial_image`];
+      const [all, partial, completed] = [answer.partials, `${kind}.partial_image`, `${kind}.completed`];
       let [asked, shown] = [0, 0];
-      const drawn = await queue.draw(order, signal, {
+      let sent = Promise.resolve();
+      await queue.draw(order, signal, {
         step(share) {
           if (asked === all || share < (asked + 1) / (all + 1)) return;
           asked++;
@@ -123,10 +127,17 @@ function events(queue: Queue, order: Order, answer: Answer, signal: AbortSignal,
             ...{ type: partial, b64_json: base64(png), partial_image_index: shown++ },
             ...{ ...told, output_format: 'png' },
           }),
+        picture(drawn) {
+          sent = sent.then(async () =>
+            send(completed, {
+              ...{ type: completed, b64_json: await encoded(drawn, answer), seed: drawn.seed },
+              ...told,
+            }),
+          );
+          sent.catch(() => {}); // told of below
+        },
       });
-      const type = `${kind}.completed`;
-      for (const each of drawn)
-        send(type, { type, b64_json: await encoded(each, answer), seed: each.seed, ...told });
+      await sent;
     },
   };
 }

@@ -1,5 +1,6 @@
 // The page of `sdxl serve` at /: a prompt, a picture that comes into being, and what can be said about it. It is one file without parts,
-// so that nothing has to be built or loaded, and asks the server's own routes as any program would.
+// so that nothing has to be built or loaded, and asks the server's own routes as any program would. It heeds its own request alone, by
+// OpenAI's stream, and stops it by leaving: A1111's progress and interrupt are of whatever is at work, which may be someone else's.
 
 export const page = `<!doctype html>
 <html lang="en">
@@ -30,11 +31,11 @@ export const page = `<!doctype html>
   <label>Height <input name="height" type="number" min="8" step="8"></label>
   <label>Steps <input name="num_inference_steps" type="number" min="1" max="150"></label>
   <label>Guidance scale <input name="guidance_scale" type="number" min="0" step="any"></label>
-  <label>Seed <input name="seed" type="number" min="-1"></label>
+  <label>Seed <input name="seed" type="number" min="-1" max="9007199254740991"></label>
   <label>Pictures <input name="n" type="number" min="1" max="16" value="1"></label>
   <label id="keyed" hidden>Key <input name="key" type="password" autocomplete="current-password"></label>
-  <button id="draw">Draw</button>
-  <button id="stop" type="button" hidden>Stop</button>
+  <button id="draw" title="Ctrl+Enter">Draw</button>
+  <button id="stop" type="button" title="Escape" hidden>Stop</button>
 </form>
 <progress id="progress" aria-label="How far it is" max="1" value="0" hidden></progress>
 <p id="told" role="alert"></p>
@@ -42,21 +43,32 @@ export const page = `<!doctype html>
 <script>
   const at = (id) => document.getElementById(id);
   const form = at('form');
-  const ask = (path, body) => fetch(path, {
-    method: body ? 'POST' : 'GET',
+  const previews = 20;
+  const ask = (body, signal) => fetch('/v1/images/generations', {
+    method: 'POST',
     headers: {
-      ...(body ? { 'Content-Type': 'application/json' } : {}),
+      'Content-Type': 'application/json',
       ...(form.elements.key.value ? { Authorization: 'Bearer ' + form.elements.key.value } : {}),
     },
-    body: body && JSON.stringify(body),
+    body: JSON.stringify({ ...body, stream: true, partial_images: previews }),
+    signal,
   });
   const show = (png, prompt, caption) => {
     const figure = document.createElement('figure');
     const image = figure.appendChild(document.createElement('img'));
     image.alt = prompt;
     if (png) image.src = 'data:image/png;base64,' + png;
-    figure.appendChild(document.createElement('figcaption')).textContent = caption;
+    figure.appendChild(document.createElement('figcaption')).append(caption);
     return figure;
+  };
+  /** A seed, which draws again when it is chosen. */
+  const seeded = (seed) => {
+    const button = document.createElement('button');
+    button.type = 'button';
+    button.textContent = 'seed ' + seed;
+    button.title = 'Draw from this seed again';
+    button.addEventListener('click', () => { form.elements.seed.value = seed; });
+    return button;
   };
   function requestOf() {
     const { width, height, key, ...said } = Object.fromEntries(new FormData(form));
@@ -64,47 +76,57 @@ export const page = `<!doctype html>
     const numbers = given.map(([name, value]) => [name, form.elements[name].type === 'number' ? Number(value) : value]);
     return { ...Object.fromEntries(numbers), ...(width && height ? { size: width + 'x' + height } : {}) };
   }
-  /** Until \`done\`: how far it is, and what there is to be seen. */
-  async function watch(state, figure) {
-    while (!state.done) {
-      await new Promise((resolve) => setTimeout(resolve, 500));
-      const { progress, current_image } = await (await ask('/sdapi/v1/progress')).json();
-      if (state.done) return;
-      at('progress').value = progress;
-      if (current_image) figure.firstChild.src = 'data:image/png;base64,' + current_image;
+  /** Hands over each event of a stream. */
+  async function read(response, heed) {
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = '';
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      const events = (rest + part.value).split('\\n\\n');
+      rest = events.pop();
+      for (const event of events) heed(JSON.parse(event.slice(event.indexOf('data: ') + 6)));
     }
   }
   // A size is both sides or neither.
   const [width, height] = [form.elements.width, form.elements.height];
   for (const [one, other] of [[width, height], [height, width]])
     one.addEventListener('input', () => { other.required = one.value !== ''; });
+  let work; // what ends the request that is on its way
   form.addEventListener('submit', async (event) => {
     event.preventDefault();
-    const state = { done: false };
+    if (work) return;
+    work = new AbortController();
     const request = requestOf();
     const figure = show('', request.prompt, 'on its way');
     at('told').textContent = '';
-    at('draw').disabled = true;
     at('stop').hidden = at('progress').hidden = false;
-    at('progress').value = 0;
+    at('progress').removeAttribute('value'); // others may be drawn before
     at('pictures').prepend(figure);
     try {
-      const asked = ask('/v1/images/generations', request);
-      watch(state, figure).catch(() => {});
-      const response = await asked;
-      const answer = await response.json();
-      if (response.status === 401) at('keyed').hidden = false;
-      if (!response.ok) throw new Error(answer.error.message);
-      for (const { b64_json, seed } of answer.data) at('pictures').prepend(show(b64_json, request.prompt, 'seed ' + seed));
+      const response = await ask(request, work.signal);
+      if (response.status === 401) {
+        at('keyed').hidden = false;
+        form.elements.key.focus();
+      }
+      if (!response.ok) throw new Error((await response.json()).error.message);
+      await read(response, ({ error, b64_json, seed, partial_image_index: i }) => {
+        if (error) throw new Error(error.message);
+        if (seed !== undefined) return figure.after(show(b64_json, request.prompt, seeded(seed)));
+        figure.firstChild.src = 'data:image/png;base64,' + b64_json;
+        at('progress').value = (i + 1) / (previews + 1);
+      });
     } catch (error) {
-      at('told').textContent = error.message;
+      at('told').textContent = work.signal.aborted ? 'stopped' : error.message;
     }
-    state.done = true;
+    work = undefined;
     figure.remove();
-    at('draw').disabled = false;
+    if (document.activeElement === at('stop')) at('draw').focus(); // which else would be lost
     at('stop').hidden = at('progress').hidden = true;
   });
-  at('stop').addEventListener('click', () => ask('/sdapi/v1/interrupt', {}));
+  at('stop').addEventListener('click', () => work.abort());
+  form.addEventListener('keydown', (event) => {
+    if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+    if (event.key === 'Escape') work?.abort();
+  });
 </script>
 </html>
 `;

@@ -11,6 +11,8 @@ export interface Watch {
   step?(share: number): void;
   /** What was asked for by `look`. */
   preview?(png: Uint8Array): void;
+  /** One that is finished. */
+  picture?(drawn: Drawn): void;
 }
 
 /** The order at work. */
@@ -60,7 +62,10 @@ const noting = (told: Working, watch: Watch, pictures: Drawn[]): Hearing => ({
     told.preview = png;
     watch.preview?.(png);
   },
-  picture: (drawn) => pictures.push(drawn),
+  picture(drawn) {
+    pictures.push(drawn);
+    watch.picture?.(drawn);
+  },
 });
 
 /** `most` may wait; further ones are refused. */

@@ -1,5 +1,6 @@
 // Bodies that other programs send to A1111's routes and OpenAI's, with all that they put in by themselves: they draw, or are told in one
 // sentence what is in the way.
+import { Script } from 'node:vm';
 import { test } from 'tap';
 import { orderOf } from '../../cli/serve/a1111_order.ts';
 import { fox, pixels, serve, small } from '../support/served.ts';
@@ -89,10 +90,12 @@ test('noise in each step is as much as A1111 puts there, or a sampler without is
   t.end();
 });
 
+const shared = serve(...small);
+
 const size = { width: 64, height: 64, steps: 2 };
 
 test('programs draw with what they send by themselves', async (t) => {
-  const server = await serve(...small);
+  const server = await shared;
   const options = (await server.get('/sdapi/v1/options')).body;
   const bodies: Record<string, Record<string, unknown>> = {
     SillyTavern: {
@@ -180,5 +183,36 @@ test('programs draw with what they send by themselves', async (t) => {
   );
   t.equal(url.url, `data:image/png;base64,${file.b64_json}`, 'a URL is the picture itself');
   t.equal(url.b64_json, undefined);
-  t.equal(await server.end(), 143);
+});
+
+test('a stream has previews, and each picture as soon as it is finished', async (t) => {
+  const server = await shared;
+  const asked = { ...fox, size: '64x64', n: 2, num_inference_steps: 8 };
+  const whole = (await server.post('/v1/images/generations', asked)).body.data;
+  const response = await fetch(`${server.url}/v1/images/generations`, {
+    ...{ method: 'POST', headers: { 'Content-Type': 'application/json' } },
+    body: JSON.stringify({ ...asked, stream: true, partial_images: 20 }),
+  });
+  const events = (await response.text()).split('\n\n').slice(0, -1);
+  const sent = events.map((event) => JSON.parse(event.split('\ndata: ')[1]));
+  const finished = sent.flatMap(({ type }, i) => (type === 'image_generation.completed' ? [i] : []));
+  t.match(
+    finished.map((i) => sent[i]),
+    whole,
+    'the pictures that one answer has',
+  );
+  t.equal(finished.at(-1), sent.length - 1);
+  t.ok(finished[0] > 0 && finished[1] > finished[0] + 1, 'previews come before each');
+  t.same(
+    sent.flatMap(({ partial_image_index: i }) => i ?? []),
+    sent.slice(2).map((_, i) => i),
+  );
+});
+
+test('the page is a script that runs', async (t) => {
+  const text = await (await fetch((await shared).url)).text();
+  const [, script] = /<script>(.*)<\/script>/s.exec(text) ?? [];
+  t.doesNotThrow(() => new Script(script));
+  t.match(script, /split\('\\n\\n'\)/, 'with its line ends escaped');
+  t.equal(await (await shared).end(), 143);
 });
