@@ -71,7 +71,8 @@ export const mostPartials = 20;
 
 /** How the pictures are handed over. */
 function answerOf(body: Body) {
-  const kind = oneOf('response_format', ['b64_json', 'url'])(String(body.response_format ?? 'b64_json'));
+  const usual = /^dall-e/.test(String(body.model)) ? 'url' : 'b64_json'; // as OpenAI has it
+  const kind = oneOf('response_format', ['b64_json', 'url'])(String(body.response_format ?? usual));
   const format = oneOf('output_format', formats)(String(body.output_format ?? 'png'));
   const whole = (key: string, usual: number, max: number): number =>
     number(key, { min: 0, max, whole: true })(String(body[key] ?? usual));

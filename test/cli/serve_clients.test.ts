@@ -175,14 +175,15 @@ test('programs draw with what they send by themselves', async (t) => {
   t.ok('samples_format' in options, 'by which KoboldAI Lite knows them');
 
   const asked = { model: 'dall-e-3', ...fox, n: 1, size: '64x64', quality: 'standard', style: 'vivid' };
-  const [url, file] = await Promise.all(
-    ['url', 'b64_json'].map(async (response_format) => {
+  const [url, silent, file] = await Promise.all(
+    ['url', undefined, 'b64_json'].map(async (response_format) => {
       const { body } = await server.post('/v1/images/generations', { ...asked, response_format });
       return body.data[0];
     }),
   );
   t.equal(url.url, `data:image/png;base64,${file.b64_json}`, 'a URL is the picture itself');
   t.equal(url.b64_json, undefined);
+  t.same(silent, url, "LibreChat's DALL-E reads it without asking for it");
 });
 
 test('a stream has previews, and each picture as soon as it is finished', async (t) => {
