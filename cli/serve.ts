@@ -57,28 +57,27 @@ Routes: / (a page), /v1/images/generations, /v1/images/edits, /v1/models, /sdapi
 extra-batch-images, progress, interrupt, png-info, options, samplers, schedulers, sd-models, loras, refresh-loras, upscalers,
 /controlnet/model_list, /controlnet/detect, and /healthz. docs/serve.md tells what they take.`;
 
-export function addServe(command: Command, terminal: Terminal): void {
-  modelOptions(command);
-  command.option(
-    '--controlnet <DIR|FILE|HUB_ID>',
-    "a ControlNet or a union that A1111's clients may have followed, by the name of its folder or file; may be given more than once",
-    repeated((text) => text),
-  );
-  command.option(
-    '--adapter <DIR|FILE|HUB_ID>',
-    'the same of a T2I-Adapter',
-    repeated((text) => text),
-  );
-  command.option(
-    '--ip-adapter <FILE|DIR|HUB_ID/FILE>',
-    'the same of an IP-Adapter',
-    repeated((text) => text),
-  );
-  addUpscaleOptions(command);
-  sizeOptions(textOptions(command.optionsGroup('Pictures, where a request says nothing:')));
-  stepOptions(command);
-  refinerOptions(command);
-  lookOptions(command.optionsGroup('Preview (while a picture is drawn, for clients that ask):'), 'proj');
+/** What is put beside the UNet where a request says so. */
+const followedOptions = (command: Command): Command =>
+  command
+    .option(
+      '--controlnet <DIR|FILE|HUB_ID>',
+      "a ControlNet or a union that A1111's clients may have followed, by the name of its folder or file; may be given more than once",
+      repeated((text) => text),
+    )
+    .option(
+      '--adapter <DIR|FILE|HUB_ID>',
+      'the same of a T2I-Adapter',
+      repeated((text) => text),
+    )
+    .option(
+      '--ip-adapter <FILE|DIR|HUB_ID/FILE>',
+      'the same of an IP-Adapter',
+      repeated((text) => text),
+    );
+
+/** Who reaches the server, and what it does for how many of them. */
+const serverOptions = (command: Command): Command =>
   command
     .optionsGroup('Server:')
     .option('--listen-ip <ADDRESS>', 'who reaches it: 0.0.0.0 is everyone, with a key', '127.0.0.1')
@@ -109,7 +108,16 @@ export function addServe(command: Command, terminal: Terminal): void {
       number('--keep-alive', { min: 0 }),
     )
     .option('--json', 'one JSON object on stdout when it is ready: url, model, device, dtype')
-    .option('--quiet', 'no line for each request')
+    .option('--quiet', 'no line for each request');
+
+export function addServe(command: Command, terminal: Terminal): void {
+  followedOptions(modelOptions(command));
+  addUpscaleOptions(command);
+  sizeOptions(textOptions(command.optionsGroup('Pictures, where a request says nothing:')));
+  stepOptions(command);
+  refinerOptions(command);
+  lookOptions(command.optionsGroup('Preview (while a picture is drawn, for clients that ask):'), 'proj');
+  serverOptions(command)
     .addHelpText('after', below(examples))
     .action((options: ServeOptions) => serve(options, command, terminal));
 }

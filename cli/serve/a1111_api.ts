@@ -13,21 +13,6 @@ import type { Served } from './served.ts';
 
 export function a1111Api(served: Served, orders: Queue): Routes {
   const queue = tellingBy(flagKeys, orders);
-  const draw = async ({ json, signal }: Asked, overPicture: boolean): Promise<Reply> => {
-    const body = await json();
-    const order = orderOf(body, overPicture, served);
-    const isSent = booleanOf(body.send_images ?? true, 'send_images');
-    const drawn = await queue.draw(order, signal);
-    const { init_images: _, mask: __, alwayson_scripts: ___, ...parameters } = body;
-    const images = isSent ? drawn.map(({ png }) => base64(png)) : [];
-    return {
-      json: {
-        images,
-        parameters,
-        info: JSON.stringify(infoOf(order.settings, drawn, Number(body.subseed ?? -1))),
-      },
-    };
-  };
   const interrupt = (): Reply => {
     queue.interrupt();
     return { json: {} };
@@ -36,8 +21,8 @@ export function a1111Api(served: Served, orders: Queue): Routes {
     ...controlnetApi(served, queue),
     ...a1111Lists(served, queue),
     ...a1111Extras(served, queue),
-    'POST /sdapi/v1/txt2img': (asked) => draw(asked, false),
-    'POST /sdapi/v1/img2img': (asked) => draw(asked, true),
+    'POST /sdapi/v1/txt2img': (asked) => draw(asked, false, served, queue),
+    'POST /sdapi/v1/img2img': (asked) => draw(asked, true, served, queue),
     'GET /sdapi/v1/progress': ({ url }) =>
       progress(queue, url.searchParams.get('skip_current_image') !== 'true'),
     'POST /sdapi/v1/interrupt': interrupt,
@@ -54,6 +39,27 @@ export function a1111Api(served: Served, orders: Queue): Routes {
       const { image } = await json();
       const items = pngText(pictureBytes(image, 'image'), 'image');
       return { json: { info: items.parameters ?? '', items, parameters: {} } };
+    },
+  };
+}
+
+/** Pictures, drawn over the one that is sent or from the prompt alone. */
+async function draw(
+  { json, signal }: Asked,
+  overPicture: boolean,
+  served: Served,
+  queue: Queue,
+): Promise<Reply> {
+  const body = await json();
+  const order = orderOf(body, overPicture, served);
+  const isSent = booleanOf(body.send_images ?? true, 'send_images');
+  const drawn = await queue.draw(order, signal);
+  const { init_images: _, mask: __, alwayson_scripts: ___, ...parameters } = body;
+  return {
+    json: {
+      images: isSent ? drawn.map(({ png }) => base64(png)) : [],
+      parameters,
+      info: JSON.stringify(infoOf(order.settings, drawn, Number(body.subseed ?? -1))),
     },
   };
 }

@@ -17,28 +17,8 @@ const absent = ['hypernetworks', 'face-restorers', 'realesrgan-models', 'prompt-
 const each = (paths: readonly string[], method: string, json: unknown): Routes =>
   Object.fromEntries(paths.map((path) => [`${method} /sdapi/v1/${path}`, (): Reply => ({ json })]));
 
-export const a1111Lists = (served: Served, queue: Queue): Routes => ({
-  ...each(toRefresh, 'POST', null),
-  ...each(absent, 'GET', []),
-  'GET /sdapi/v1/scripts': () => ({ json: { txt2img: ['controlnet'], img2img: ['controlnet'] } }),
-  'GET /sdapi/v1/cmd-flags': () => ({ json: {} }),
-  'GET /sdapi/v1/memory': () => ({
-    json: {
-      ram: { free: freemem(), used: totalmem() - freemem(), total: totalmem() },
-      cuda: { error: 'not told here' },
-    },
-  }),
-  'GET /sdapi/v1/embeddings': () => ({
-    json: {
-      loaded: Object.fromEntries(
-        [...served.embeddings].map(([name, vectors]) => [
-          name,
-          { step: null, sd_checkpoint: null, sd_checkpoint_name: null, shape: 2048, vectors },
-        ]),
-      ),
-      skipped: {},
-    },
-  }),
+/** What draws, and what it has been given. */
+const ofModel = (served: Served): Routes => ({
   'GET /sdapi/v1/options': () => ({
     json: {
       ...{ sd_model_checkpoint: served.name, sd_vae: 'Automatic', samples_format: 'png' },
@@ -52,17 +32,28 @@ export const a1111Lists = (served: Served, queue: Queue): Routes => ({
   'GET /sdapi/v1/sd-models': () => ({
     json: [
       {
-        title: served.name,
-        model_name: served.name,
-        hash: null,
-        sha256: null,
-        filename: served.name,
-        config: null,
+        ...{ title: served.name, model_name: served.name, filename: served.name },
+        ...{ hash: null, sha256: null, config: null },
       },
     ],
   }),
   'GET /sdapi/v1/sd-vae': () => ({ json: [] }),
   'GET /sdapi/v1/loras': () => ({ json: served.loras().map((each) => ({ ...each, alias: each.name })) }),
+  'GET /sdapi/v1/embeddings': () => ({
+    json: {
+      loaded: Object.fromEntries(
+        [...served.embeddings].map(([name, vectors]) => [
+          name,
+          { step: null, sd_checkpoint: null, sd_checkpoint_name: null, shape: 2048, vectors },
+        ]),
+      ),
+      skipped: {},
+    },
+  }),
+});
+
+/** What a request may choose from. */
+const choices = (served: Served, queue: Queue): Routes => ({
   'GET /sdapi/v1/samplers': () => ({
     json: Object.values(samplerLabels)
       .filter((name) => !queue.model()?.edm || edmSampler(name) !== undefined)
@@ -82,5 +73,20 @@ export const a1111Lists = (served: Served, queue: Queue): Routes => ({
   }),
   'GET /sdapi/v1/latent-upscale-modes': () => ({
     json: hiresUpscalers.filter((name) => name.startsWith('Latent')).map((name) => ({ name })),
+  }),
+});
+
+export const a1111Lists = (served: Served, queue: Queue): Routes => ({
+  ...ofModel(served),
+  ...choices(served, queue),
+  ...each(toRefresh, 'POST', null),
+  ...each(absent, 'GET', []),
+  'GET /sdapi/v1/scripts': () => ({ json: { txt2img: ['controlnet'], img2img: ['controlnet'] } }),
+  'GET /sdapi/v1/cmd-flags': () => ({ json: {} }),
+  'GET /sdapi/v1/memory': () => ({
+    json: {
+      ram: { free: freemem(), used: totalmem() - freemem(), total: totalmem() },
+      cuda: { error: 'not told here' },
+    },
   }),
 });
