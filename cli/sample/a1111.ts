@@ -228,6 +228,10 @@ function fieldsOf(line: string): (name: string) => string | undefined {
   };
 }
 
+/** What names LoRAs and hypernetworks, but for what a caller heeds. */
+const tagsUntaken = (keepsLoras: boolean): RegExp =>
+  keepsLoras ? / ?<hypernet:[^<>]+>/g : / ?<(lora|lyco|hypernet):[^<>]+>/g;
+
 /** What a text says; `keepsLoras` leaves what names them in the prompt, for callers that heed it. */
 export function readParameters(text: string, keepsLoras = false): Parameters {
   const [body, last = ''] = splitLast(text);
@@ -238,15 +242,10 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
   const [seedResizeFromW, seedResizeFromH] = sides('Seed resize from');
   const strength = field('Variation seed strength');
   // In its negative prompt they are words; out of the other it takes them, and the file's fields have their hashes.
-  const untaken = keepsLoras ? / ?<hypernet:[^<>]+>/g : / ?<(lora|lyco|hypernet):[^<>]+>/g;
-  const adapters = [...new Set(prompt.match(untaken)?.map((tag) => tag.trim()))];
+  const untaken = tagsUntaken(keepsLoras);
   const ours = /^sdxl /.test(field('Version') ?? '');
   const hires = hiresOf(field, ours);
-  const others = Object.entries(unread)
-    .filter(([name]) => !hires || name !== 'Denoising strength')
-    .map(([name, option]) => ({ name, option, value: field(name) }));
-  const type = field('Schedule type');
-  const { unheeded, ...scheduler } = schedulerOf(field('Sampler'), type, ours);
+  const { unheeded, ...scheduler } = schedulerOf(field('Sampler'), field('Schedule type'), ours);
   return {
     settings: {
       prompt: prompt.replace(untaken, '').trim(),
@@ -266,18 +265,24 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
       seamless: field('Tiling') === 'True' ? 'xy' : undefined,
     },
     further: [
-      ...adapters.map((tag) => ({ text: tag, option: 'lora' as const })),
-      ...(hires?.untaken ? [{ text: hires.untaken, option: 'hires' as const }] : []),
-      ...(unheeded ? [{ text: `Schedule type: ${unheeded}`, option: 'scheduler' as const }] : []),
-      ...(hires?.unheeded
-        ? [{ text: `Hires schedule type: ${hires.unheeded}`, option: 'hiresScheduler' as const }]
-        : []),
-      ...others
-        .filter(({ value }) => value !== undefined)
-        .map(({ name, option, value }) => ({ text: `${name}: ${value}`, option })),
+      ...[...new Set(prompt.match(untaken)?.map((tag) => tag.trim()))].map((tag) => further(tag, 'lora')),
+      ...(hires?.untaken ? [further(hires.untaken, 'hires')] : []),
+      ...(unheeded ? [further(`Schedule type: ${unheeded}`, 'scheduler')] : []),
+      ...(hires?.unheeded ? [further(`Hires schedule type: ${hires.unheeded}`, 'hiresScheduler')] : []),
+      ...unreadOf(field, hires !== undefined),
     ],
   };
 }
+
+type Further = Parameters['further'][number];
+
+const further = (text: string, option?: keyof SampleOptions): Further => ({ text, option });
+
+/** Fields that are there and not read; a second pass's strength is. */
+const unreadOf = (field: (name: string) => string | undefined, hires: boolean): Further[] =>
+  Object.entries(unread)
+    .filter(([name]) => field(name) !== undefined && !(hires && name === 'Denoising strength'))
+    .map(([name, option]) => further(`${name}: ${field(name)}`, option));
 
 /**
  * The sampler with its layout of noise levels behind it. Its samplers begin at the last training step, as from `linspace`, and where no

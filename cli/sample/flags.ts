@@ -46,7 +46,8 @@ ${schedulersHelp}
 
 The same seed gives the picture that diffusers gives with a CPU generator, or with --rng cuda with one on a GPU.`;
 
-export const modelOptions = (command: Command): Command =>
+/** What the model is made of. */
+const partOptions = (command: Command): Command =>
   command
     .optionsGroup('Model:')
     .option(
@@ -79,7 +80,11 @@ export const modelOptions = (command: Command): Command =>
       '--textual-inversion <FILE[:TOKEN]>',
       "an embedding for SDXL (clip_l and clip_g, or the folder of diffusers' script or of a run), called by TOKEN in prompts (default: the file's name); may be given more than once",
       texts,
-    )
+    );
+
+/** Where it runs, and in which numbers. */
+const numberOptions = (command: Command): Command =>
+  command
     .option('--device <NAME>', devices, 'auto')
     .option(
       '--dtype <NAME>',
@@ -101,6 +106,8 @@ export const modelOptions = (command: Command): Command =>
       '--q8',
       'the UNet and ControlNets in 8-bit integers, as Q8_0: half their memory, a little less exact and a little slower',
     );
+
+export const modelOptions = (command: Command): Command => numberOptions(partOptions(command));
 
 const promptOptions = (command: Command): Command =>
   textOptions(

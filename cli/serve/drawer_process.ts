@@ -96,99 +96,112 @@ function heed(message: OfOrder, { hearing, resolve, reject }: Work): void {
   if (message.kind === 'failed') reject(errorOf(message));
 }
 
-export function openDrawer(options: Standing, { idleMs, tell, onLost }: DrawerOptions): Drawer {
-  let child: ChildProcess | undefined;
-  let opening: Promise<ModelTold> | undefined;
-  let work: Work | undefined;
+/** The process, where there is one, and what is known of it. */
+interface Held {
+  child?: ChildProcess;
+  opening?: Promise<ModelTold>;
+  state: ReturnType<Drawer['state']>;
+  told?: ModelTold;
+  /** So many were drawn. */
+  orders: number;
+  work?: Work;
+}
+
+/** Starts a process and holds it, until it has ended or another is held. */
+function start(held: Held, options: Standing, { tell, onLost }: DrawerOptions): Promise<ModelTold> {
+  held.state = 'opening';
+  return new Promise((resolve, reject) => {
+    const started = startProcess(options, {
+      tell,
+      hear: (message) => {
+        const { work } = held;
+        if (work && work.id === message.id) heed(message, work);
+      },
+      opened(told) {
+        if (held.child !== started) return; // closed by us: it will end
+        Object.assign(held, { state: 'open', told });
+        resolve(told);
+      },
+      ended(lost) {
+        if (held.child !== started) {
+          reject(letGo); // closed by us
+          return;
+        }
+        reject(lost);
+        const was = held.state;
+        Object.assign(held, { child: undefined, opening: undefined, state: 'lost' });
+        held.work?.reject(lost);
+        if (was === 'open') onLost();
+      },
+    });
+    held.child = started;
+  });
+}
+
+/** Lets the process go, which ends after its step. */
+function leave(held: Held): void {
+  const { child } = held;
+  Object.assign(held, { child: undefined, opening: undefined, state: 'idle' });
+  if (child?.connected) child.disconnect();
+}
+
+const send = ({ child }: Held, message: ToDrawer): void => {
+  if (child?.connected) child.send(message);
+};
+
+/** Has the open models draw an order. */
+async function drawn(held: Held, order: Order, hearing: Hearing, signal: AbortSignal): Promise<void> {
+  const id = ++held.orders;
+  const stop = () => send(held, { kind: 'stop', id });
+  signal.addEventListener('abort', stop);
+  try {
+    await new Promise<void>((resolve, reject) => {
+      held.work = { id, hearing, resolve, reject };
+      send(held, { kind: 'draw', id, order });
+    });
+  } finally {
+    held.work = undefined;
+    signal.removeEventListener('abort', stop);
+  }
+}
+
+export function openDrawer(options: Standing, events: DrawerOptions): Drawer {
+  const held: Held = { state: 'idle', orders: 0 };
   let drawing = false;
   let idle: NodeJS.Timeout | undefined;
-  let ids = 0;
-  let state: ReturnType<Drawer['state']> = 'idle';
-  let told: ModelTold | undefined;
-  const send = (message: ToDrawer): void => {
-    if (child?.connected) child.send(message);
-  };
-
-  function start(): Promise<ModelTold> {
-    state = 'opening';
-    return new Promise((resolve, reject) => {
-      const started = startProcess(options, {
-        tell,
-        hear: (message) => {
-          if (work && work.id === message.id) heed(message, work);
-        },
-        opened(model) {
-          if (child !== started) return; // closed by us: it will end
-          state = 'open';
-          told = model;
-          resolve(model);
-        },
-        ended(lost) {
-          if (child !== started) {
-            reject(letGo); // closed by us
-            return;
-          }
-          reject(lost);
-          const was = state;
-          child = opening = undefined;
-          state = 'lost';
-          work?.reject(lost);
-          if (was === 'open') onLost();
-        },
-      });
-      child = started;
-    });
-  }
-
   const open = (): Promise<ModelTold> => {
-    opening ??= start();
-    return opening;
+    clearTimeout(idle);
+    held.opening ??= start(held, options, events);
+    return held.opening;
   };
-
+  const close = (): void => {
+    clearTimeout(idle);
+    leave(held);
+  };
   const untilIdle = (): void => {
     clearTimeout(idle);
-    if (idleMs !== undefined && !drawing) idle = setTimeout(close, idleMs).unref();
+    if (events.idleMs !== undefined && !drawing) idle = setTimeout(close, events.idleMs).unref();
   };
-
-  function close(): void {
-    clearTimeout(idle);
-    const closed = child;
-    child = opening = undefined;
-    state = 'idle';
-    if (!closed?.connected) return;
-    closed.disconnect(); // at which it ends, after its step
-  }
-
   return {
     async open() {
-      clearTimeout(idle);
       const opened = await open();
       untilIdle();
       return opened;
     },
     async draw(order, hearing, signal) {
-      clearTimeout(idle);
       drawing = true;
-      const id = ++ids;
-      const stop = () => send({ kind: 'stop', id });
       try {
         await open();
         if (signal.aborted) return; // while the models were opened
-        signal.addEventListener('abort', stop);
-        await new Promise<void>((resolve, reject) => {
-          work = { id, hearing, resolve, reject };
-          send({ kind: 'draw', id, order });
-        });
+        await drawn(held, order, hearing, signal);
       } finally {
-        work = undefined;
         drawing = false;
-        signal.removeEventListener('abort', stop);
         untilIdle();
       }
     },
-    look: () => work && send({ kind: 'look', id: work.id }),
-    told: () => told,
-    state: () => state,
+    look: () => held.work && send(held, { kind: 'look', id: held.work.id }),
+    told: () => held.told,
+    state: () => held.state,
     close,
   };
 }

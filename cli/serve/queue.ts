@@ -68,15 +68,37 @@ const noting = (told: Working, watch: Watch, pictures: Drawn[]): Hearing => ({
   },
 });
 
+/** Those that wait. */
+function openLine(most: number) {
+  const entries: Entry[] = [];
+  return {
+    length: () => entries.length,
+    shift: () => entries.shift(),
+    /** Lets an order wait until it is begun; one whose `signal` aborts leaves. */
+    wait<T>(begin: () => Promise<T>, signal: AbortSignal): Promise<T> {
+      if (entries.length >= most)
+        return Promise.reject(new Refusal(429, `${most} orders wait already; ask again later`));
+      return new Promise((resolve, reject) => {
+        const entry: Entry = { begin: () => void begin().then(resolve, reject), refuse: reject };
+        entries.push(entry);
+        signal.addEventListener('abort', () => {
+          if (entries.includes(entry)) entries.splice(entries.indexOf(entry), 1);
+          reject(signal.reason);
+        });
+      });
+    },
+  };
+}
+
+const leaving = () => new Refusal(503, 'the server is about to end; ask again when it is back');
+
 /** `most` may wait; further ones are refused. */
 export function openQueue(drawer: Drawer, most: number): Queue {
-  const entries: Entry[] = [];
+  const line = openLine(most);
   let current: { told: Working; stop: AbortController; done: Promise<unknown> } | undefined;
   let closed = false;
-  const leaving = () => new Refusal(503, 'the server is about to end; ask again when it is back');
-
   const next = (): void => {
-    if (!current) entries.shift()?.begin();
+    if (!current) line.shift()?.begin();
   };
 
   async function work(order: Order, signal: AbortSignal, watch: Watch): Promise<Drawn[]> {
@@ -96,37 +118,24 @@ export function openQueue(drawer: Drawer, most: number): Queue {
   }
 
   return {
-    draw(order, signal, watch = {}) {
-      if (closed) return Promise.reject(leaving());
-      if (entries.length >= most)
-        return Promise.reject(new Refusal(429, `${most} orders wait already; ask again later`));
-      return new Promise((resolve, reject) => {
-        const entry: Entry = {
-          begin: () => void work(order, signal, watch).then(resolve, reject),
-          refuse: reject,
-        };
-        entries.push(entry);
-        signal.addEventListener('abort', () => {
-          if (entries.includes(entry)) entries.splice(entries.indexOf(entry), 1);
-          reject(signal.reason);
-        });
-        next();
-      });
+    async draw(order, signal, watch = {}) {
+      if (closed) throw leaving();
+      const drawn = line.wait(() => work(order, signal, watch), signal);
+      next();
+      return drawn;
     },
     working: () => current?.told,
     model: () => drawer.told(),
-    waiting: () => entries.length,
+    waiting: line.length,
     look: () => drawer.look(),
     interrupt: () => current?.stop.abort(),
     unload() {
       if (!current) drawer.close();
     },
-    async reload() {
-      await drawer.open();
-    },
+    reload: async () => void (await drawer.open()),
     async close() {
       closed = true;
-      for (const entry of entries.splice(0)) entry.refuse(leaving());
+      for (let entry = line.shift(); entry; entry = line.shift()) entry.refuse(leaving());
       await current?.done.catch(() => {});
     },
   };
