@@ -1,6 +1,5 @@
 // The loop: updates (update.ts), and between them whatever is due: a line of the log, a checkpoint, previews. Between two
 // updates a run is nothing but its tensors and a position, as every draw is keyed: that is why resuming is exact.
-import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { CudaError } from '../engine/cuda/errors.ts';
 import type { Device } from '../engine/device.ts';
@@ -8,18 +7,17 @@ import { MemoryError } from '../engine/memory.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type Position, removeLater, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
-import { turnsFrom, type Update } from './data/order.ts';
+import { turnsFrom } from './data/order.ts';
 import { removeLaterFinal, writeFinal } from './final.ts';
+import { openJournal } from './journal.ts';
 import { lossCurve } from './log/curve.ts';
-import { appendLog, type LogEntry, readLog, rewindLog } from './log/log.ts';
-import { openEventFile } from './log/tensorboard.ts';
+import { logFile, readLog, rewindLog } from './log/log.ts';
 import { type Materials, stateOf } from './materials.ts';
 import { learningRate } from './optimizers/lr_schedule.ts';
 import { type Report, type Stop, saved } from './passes/task.ts';
-import { promptsOf } from './run/preview_prompts.ts';
 import { openSession, resumeSession, type Session } from './session.ts';
 import { prepare } from './tasks/preparation.ts';
-import { hasPreviews, rewindPreviews, writePreviews, writeSheet } from './tasks/preview.ts';
+import { rewindPreviews } from './tasks/preview.ts';
 import { type Feed, type Made, makeUpdate, openFeed } from './update.ts';
 import { validationLoss } from './validation.ts';
 
@@ -30,9 +28,6 @@ export interface Outcome {
   /** Ended by the caller's wish rather than by the plan. */
   stopped: boolean;
 }
-
-/** Where a run's files lie in its output. */
-const logFile = (output: string): string => join(output, 'log.jsonl');
 
 const start: Position = { step: 0, epoch: 0, update: 0 };
 
@@ -123,11 +118,8 @@ async function trainFrom(
         at.moving = true;
       },
     });
-    at.moving = false;
     if (at.position.step === begun) dropLater(run.output, begun);
-    at.position = after(at.position, turn.endsEpoch);
-    at.failures = made.skipped ? at.failures + 1 : 0;
-    at.unsaved = true;
+    advance(at, made, turn.endsEpoch);
     const due = (every: number) => done || isDue(every, at.position.step, turn.endsEpoch);
     const measured = run.validation.samples > 0 && due(run.validation.every_steps);
     const loss = measured ? await journal.aside(() => validationLoss(session)) : undefined;
@@ -195,8 +187,15 @@ function dropLater(output: string, step: number): void {
 const isDue = (every: number, step: number, endsEpoch: boolean): boolean =>
   every > 0 ? step % every === 0 : endsEpoch;
 
-const after = ({ step, epoch, update }: Position, endsEpoch: boolean): Position =>
-  endsEpoch ? { step: step + 1, epoch: epoch + 1, update: 0 } : { step: step + 1, epoch, update: update + 1 };
+/** Stands behind an update that has been made. */
+function advance(at: Standing, { skipped }: Made, endsEpoch: boolean): void {
+  const { step, epoch, update } = at.position;
+  const next = endsEpoch ? { epoch: epoch + 1, update: 0 } : { epoch, update: update + 1 };
+  at.position = { step: step + 1, ...next };
+  at.failures = skipped ? at.failures + 1 : 0;
+  at.unsaved = true;
+  at.moving = false;
+}
 
 function gaveUp({ skipped }: Made, { failures, position: { step }, folder }: Standing): UserError {
   const mend = folder ? `resume from ${folder}` : 'start again';
@@ -219,62 +218,3 @@ function save({ run, task, pictures, optimizer, ema }: Session, at: Standing): v
   at.unsaved = false; // nor is it tried again where it fails
   at.folder = saveCheckpoint(run.output, state, components, optimizer.state, keep);
 }
-
-/** What a run tells while it goes: the progress line, the log, TensorBoard, previews. */
-function openJournal({ run, task, ema, device, total }: Session, report: Report) {
-  const events = openEventFile(join(run.output, 'tensorboard'));
-  let [since, seen, rate] = [performance.now(), 0, Number.NaN];
-  const preview = async (step: number, stop: Stop): Promise<void> => {
-    const pictures = await task.preview(ema?.weights, stop);
-    if (pictures.length === 0) return;
-    const sheet = await writePreviews(run.output, step, pictures, promptsOf(run.previews));
-    const { path, width, height } = sheet;
-    events.image(step, 'previews', readFileSync(path), width, height);
-  };
-  /** A line of the log, with the rate since the one before. */
-  const log = ({ step, epoch }: Position, scalars: Scalars, skipped?: string): void => {
-    rate = (1000 * seen) / Math.max(1, performance.now() - since);
-    [since, seen] = [performance.now(), 0];
-    const { validation_loss, ...ofUpdate } = scalars;
-    const all = { ...ofUpdate, images_per_second: rate, validation_loss };
-    const entry: LogEntry = { step, epoch, ...all, skipped };
-    appendLog(logFile(run.output), entry);
-    report.entry?.(entry);
-    events.scalars(step, all);
-  };
-  return {
-    preview,
-    /** Work whose time is none of training's, of which the rate is. */
-    async aside<R>(work: () => R | Promise<R>): Promise<R> {
-      const began = performance.now();
-      const result = await work();
-      since += performance.now() - began;
-      return result;
-    },
-    /** A run that ended after it had saved and before its previews were whole has them yet to draw. */
-    catchUp: (step: number, stop: Stop): Promise<unknown> =>
-      hasPreviews(run.output, step) ? writeSheet(run.output, promptsOf(run.previews)) : preview(step, stop),
-    /** An update that has been made at that rate, and what was measured after it. */
-    note(at: Position, lr: number, made: Made, update: Update, validation_loss?: number): void {
-      const { loss, grad_norm, dlr, skipped } = made;
-      seen += update.reduce((sum, { samples }) => sum + samples.length, 0);
-      if (at.step % run.log_every === 0 || at.step === total || skipped || validation_loss !== undefined)
-        log(at, { loss, lr, 'd*lr': dlr, grad_norm, validation_loss }, skipped);
-      report.progress('training', at.step, total, told({ loss, lr, dlr }, rate, device.memory.peak));
-    },
-  };
-}
-
-/** What of an update is logged, but for its rate. */
-type Scalars = Omit<LogEntry, 'step' | 'epoch' | 'images_per_second' | 'skipped'>;
-
-/** An update in the words of the progress line. */
-const told = ({ loss, lr, dlr }: Pick<Made, 'loss' | 'dlr'> & { lr: number }, rate: number, peak: number) =>
-  [
-    `loss ${loss.toFixed(4)}`,
-    dlr === undefined ? `lr ${Number(lr.toPrecision(3))}` : `d*lr ${Number(dlr.toPrecision(3))}`,
-    Number.isNaN(rate) ? '' : `${rate.toFixed(1)} images/s`,
-    `peak ${(peak / 2 ** 30).toFixed(2)} GiB`,
-  ]
-    .filter(Boolean)
-    .join(', ');

@@ -1,7 +1,11 @@
 // The log of a run as JSON lines, one for every log_every updates, and for those that were skipped or measured. A resumed run drops the
 // lines past its checkpoint, so that the log reads as if the run had never stopped.
 import { appendFileSync, existsSync } from 'node:fs';
+import { join } from 'node:path';
 import { asUserError, readBytes, writeFileAtomic } from '../../io/files.ts';
+
+/** The log of a run that writes to `output`. */
+export const logFile = (output: string): string => join(output, 'log.jsonl');
 
 export interface LogEntry {
   step: number;
