@@ -3,21 +3,22 @@
 // which says where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are
 // removed.
 import { existsSync, realpathSync } from 'node:fs';
-import { basename, dirname, join } from 'node:path';
+import { dirname, join } from 'node:path';
 import type { Parameter } from '../engine/module.ts';
 import type { Tensor } from '../engine/tensor.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
-import { listFolder, makeFolder } from '../io/files.ts';
+import { makeFolder } from '../io/files.ts';
 import { clearUnfinished, removeFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { isRecord, readJsonObject } from '../io/json.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { openWeights } from '../models/checkpoint/checkpoint.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/checkpoint/save.ts';
 import { toMemoryLayout } from '../models/checkpoint/weights.ts';
+import { previewFolder } from './log/preview_files.ts';
+import { stepFolder, stepFolders } from './log/step_folders.ts';
 import type { Component } from './passes/task.ts';
 import type { Run } from './run/run.ts';
-import { previewFolder } from './tasks/preview.ts';
 
 /** Where a run stands between two updates. Draws are keyed by it, so nothing else needs to be kept. */
 export interface Position {
@@ -41,8 +42,6 @@ export interface TrainedComponent extends SavedComponent {
   ema?: readonly TensorEntry[];
 }
 
-const folderPattern = /^step-(\d{8})$/;
-
 const checkpointsOf = (output: string): string => join(output, 'checkpoints');
 
 export const stateFile = (checkpoint: string): string => join(checkpoint, 'state.json');
@@ -51,14 +50,11 @@ export const stateFile = (checkpoint: string): string => join(checkpoint, 'state
 export const tokenizersOf = (checkpoint: string): string =>
   join(dirname(dirname(realpathSync(checkpoint))), 'tokenizers');
 
-/** The complete checkpoints of a run, oldest first. A folder that was being written has another name. */
-export function listCheckpoints(output: string): string[] {
-  const folder = checkpointsOf(output);
-  if (!existsSync(folder)) return [];
-  return listFolder(folder)
-    .filter((name) => folderPattern.test(name) && existsSync(stateFile(join(folder, name))))
-    .map((name) => join(folder, name));
-}
+const completeOnes = (output: string): ReturnType<typeof stepFolders> =>
+  stepFolders(checkpointsOf(output)).filter(({ path }) => existsSync(stateFile(path)));
+
+/** The complete checkpoints of a run, oldest first. */
+export const listCheckpoints = (output: string): string[] => completeOnes(output).map(({ path }) => path);
 
 /** Clears away what killed programs left half-written in a run's folder, among its checkpoints and its previews. */
 export function clearOutput(output: string): void {
@@ -68,8 +64,7 @@ export function clearOutput(output: string): void {
 
 /** Removes the checkpoints of later steps, the newest first: at every moment those that are left are of one course of training. */
 export function removeLater(output: string, step: number): void {
-  for (const path of listCheckpoints(output).reverse())
-    if (Number(folderPattern.exec(basename(path))?.[1]) > step) removeFolder(path);
+  for (const each of completeOnes(output).reverse()) if (each.step > step) removeFolder(each.path);
 }
 
 /**
@@ -84,7 +79,7 @@ export function saveCheckpoint(
   keep: number,
 ): string {
   const folder = checkpointsOf(output);
-  const path = join(folder, `step-${String(state.step).padStart(8, '0')}`);
+  const path = stepFolder(folder, state.step);
   makeFolder(folder);
   replaceFolderAtomically(path, (temporary) => {
     for (const component of components) {

@@ -5,12 +5,12 @@ import { join } from 'node:path';
 import type { Position } from './checkpoint.ts';
 import type { Update } from './data/order.ts';
 import { appendLog, type LogEntry, logFile } from './log/log.ts';
+import { hasPreviews, writePreviews, writeSheet } from './log/preview_files.ts';
 import { openEventFile } from './log/tensorboard.ts';
 import type { Report, Stop } from './passes/task.ts';
 import { gib } from './plan.ts';
 import { promptsOf } from './run/preview_prompts.ts';
 import type { Session } from './session.ts';
-import { hasPreviews, writePreviews, writeSheet } from './tasks/preview.ts';
 import type { Made } from './update.ts';
 
 export function openJournal({ run, task, ema, device, total }: Session, report: Report) {

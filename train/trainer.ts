@@ -12,12 +12,12 @@ import { removeLaterFinal, writeFinal } from './final.ts';
 import { openJournal } from './journal.ts';
 import { lossCurve } from './log/curve.ts';
 import { logFile, readLog, rewindLog } from './log/log.ts';
+import { rewindPreviews } from './log/preview_files.ts';
 import { type Materials, stateOf } from './materials.ts';
 import { learningRate } from './optimizers/lr_schedule.ts';
 import { type Report, type Stop, saved } from './passes/task.ts';
 import { openSession, resumeSession, type Session } from './session.ts';
 import { prepare } from './tasks/preparation.ts';
-import { rewindPreviews } from './tasks/preview.ts';
 import { type Feed, type Made, makeUpdate, openFeed } from './update.ts';
 import { validationLoss } from './validation.ts';
 

@@ -16,9 +16,9 @@ import { loadTensors } from '../../train/checkpoint.ts';
 import { learnVocabulary, writeTokenizers } from '../../train/data/vocabulary.ts';
 import { lossCurve } from '../../train/log/curve.ts';
 import { readLog } from '../../train/log/log.ts';
+import { rewindPreviews, writePreviews } from '../../train/log/preview_files.ts';
 import { crc32c, openEventFile } from '../../train/log/tensorboard.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { rewindPreviews, writePreviews } from '../../train/tasks/preview.ts';
 import { filesOpen } from '../support/io_helpers.ts';
 import { basic, run } from '../support/small_runs.ts';
 

@@ -1,15 +1,6 @@
-// Pictures while a run trains: the same prompts and settings each time, as PNGs in previews/step-N/, and one contact sheet
-// with a row for each time, so that the rows show the model learn. The sheet is made from the files on disk: a resumed run
-// goes on with it.
-import { existsSync } from 'node:fs';
-import { join } from 'node:path';
+// Pictures while a run trains: the same prompts and settings each time (log/preview_files.ts has their files).
 import { UserError } from '../../io/errors.ts';
-import { listFolder, makeFolder } from '../../io/files.ts';
-import { removeFolder, replaceFolderAtomically } from '../../io/folders.ts';
-import { grid } from '../../io/grid.ts';
-import { readPicture, writePng } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
-import { resize } from '../../io/resize.ts';
 import { checkSquares } from '../../models/control/t2i_adapter.ts';
 import { type Denoised, decode, denoise, denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
 import { samplerFor } from '../../models/plan.ts';
@@ -18,9 +9,6 @@ import type { Asked } from '../../models/request.ts';
 import type { PromptEmbeds } from '../../models/text/conditioning.ts';
 import type { Stop } from '../passes/task.ts';
 import type { Preview, PreviewSettings } from '../run/preview_prompts.ts';
-
-/** Pixels of a picture in the sheet, at most. */
-const cell = 192;
 
 /** What ends a preview that the user no longer waits for. */
 class Left extends Error {}
@@ -93,71 +81,4 @@ export function rehearsePreviews(pipeline: Pipeline, requests: readonly Asked[])
     loop.return(value as Denoised);
     decode(pipeline, latents);
   }
-}
-
-/** Where the contact sheet is, and its size. */
-interface Sheet {
-  path: string;
-  width: number;
-  height: number;
-}
-
-export const previewFolder = (output: string): string => join(output, 'previews');
-const stepName = (step: number): string => `step-${String(step).padStart(8, '0')}`;
-
-/** Whether the pictures of a step are there; they are all there or none. */
-export const hasPreviews = (output: string, step: number): boolean =>
-  existsSync(join(previewFolder(output), stepName(step)));
-
-/** Writes the pictures of a step, and the contact sheet. */
-export async function writePreviews(
-  output: string,
-  step: number,
-  pictures: readonly Picture[],
-  prompts: readonly string[],
-): Promise<Sheet> {
-  makeFolder(previewFolder(output));
-  replaceFolderAtomically(join(previewFolder(output), stepName(step)), (temporary) => {
-    pictures.forEach((picture, i) => {
-      writePng(join(temporary, `${i}.png`), picture, { parameters: `${prompts[i] ?? ''}\nstep ${step}` });
-    });
-  });
-  return writeSheet(output, prompts);
-}
-
-/** Writes the contact sheet anew from the pictures on disk. */
-export async function writeSheet(output: string, prompts: readonly string[]): Promise<Sheet> {
-  const path = join(output, 'previews.png');
-  const sheet = await contactSheet(previewFolder(output));
-  writePng(path, sheet, { prompts: prompts.join('\n') });
-  return { path, width: sheet.width, height: sheet.height };
-}
-
-/** Removes what a resumed run will draw again. */
-export function rewindPreviews(output: string, step: number): void {
-  for (const name of stepFolders(previewFolder(output)))
-    if (Number(name.slice('step-'.length)) > step) removeFolder(join(previewFolder(output), name));
-}
-
-const stepFolders = (folder: string): string[] =>
-  existsSync(folder) ? listFolder(folder).filter((name) => /^step-\d{8}$/.test(name)) : [];
-
-/** A row for each step, oldest first, its pictures from left to right. */
-async function contactSheet(folder: string): Promise<Picture> {
-  const rows: Picture[][] = [];
-  for (const name of stepFolders(folder)) {
-    const files = listFolder(join(folder, name)).filter((file) => /^\d+\.png$/.test(file));
-    files.sort((a, b) => Number.parseInt(a, 10) - Number.parseInt(b, 10));
-    const pictures: Picture[] = [];
-    for (const file of files) pictures.push(thumbnail(await readPicture(join(folder, name, file))));
-    rows.push(pictures);
-  }
-  return grid(rows);
-}
-
-function thumbnail(picture: Picture): Picture {
-  const share = Math.min(1, cell / Math.max(picture.width, picture.height));
-  if (share === 1) return picture;
-  const side = (length: number) => Math.max(1, Math.round(length * share));
-  return resize(picture, side(picture.width), side(picture.height), 'lanczos');
 }
