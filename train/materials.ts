@@ -174,7 +174,7 @@ function keepTokenizers(tokenizers: string, checkpoint: string): void {
   replaceFolderAtomically(tokenizers, (temporary) => copyFolder(theirs, temporary));
 }
 
-/** The most passes that an update of the run can have. A device's second finds the gradients of its first. */
+/** The most passes that an update of the run can have. */
 export function mostPasses({ run, pictures }: Pick<Materials, 'run' | 'pictures'>): number {
   const { batch_size: batch, gradient_accumulation_steps: accumulation } = run;
   const sizes = new Set(pictures.bucketOf).size;

@@ -7,7 +7,7 @@ import { objectiveOf } from './objective/objective.ts';
 import { blockRatesInWords } from './parts/rates.ts';
 import { estimate } from './rehearsal.ts';
 import { given } from './run/rules/owners.ts';
-import type { Run } from './run/run.ts';
+import { type Run, trainsEdits } from './run/run.ts';
 
 /** What a run comes to. */
 export interface Plan {
@@ -140,8 +140,9 @@ function ofLora(run: Run): string {
   return ` (${[...kind, sizes(rank, alpha), ...larger, ...furtherOf(run, 'lora'), ...begun].join(', ')})`;
 }
 
-function ofSeeing({ inpainting: { mask_mode, full_mask_rate }, dataset }: Run): string {
-  if (dataset.original_image_column) return ', an InstructPix2Pix model';
+function ofSeeing(run: Run): string {
+  const { mask_mode, full_mask_rate } = run.inpainting;
+  if (trainsEdits(run)) return ', an InstructPix2Pix model';
   if (!mask_mode) return '';
   return `, an inpainting model (${mask_mode} masks${full_mask_rate ? `, ${full_mask_rate} of them whole` : ''})`;
 }

@@ -54,6 +54,7 @@ function rehearseUpdate(session: Session, devices: readonly Device[]): void {
     ema?.step(made);
     return;
   }
+  // A device's second pass finds the gradients of its first, and a third no more.
   const rounds = mostPasses(session) > devices.length ? 2 : 1;
   const losses = Array.from({ length: rounds * devices.length }, () => passes.queue(blank(), 1));
   passes.gather();

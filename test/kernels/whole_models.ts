@@ -157,13 +157,12 @@ export function controlledGradients(device: Device, dtype: FloatDType): Results 
   const run = resolveRun({ train: { target: 'controlnet' } }, 'test', 'test');
   const objective = objectiveOf(run.objective, source.config('scheduler'));
   const shape = [2, 4, 4, 4];
-  const noised = addNoise(
-    objective,
-    normals(...shape),
+  const noised = addNoise(objective, {
     shape,
-    new Float32Array([500, 20]),
-    normals(...shape),
-  );
+    latents: normals(...shape),
+    timesteps: new Float32Array([500, 20]),
+    noise: normals(...shape),
+  });
   const images = [1, 2].flatMap((seed) => [...picture(seed, 32, 32).data]);
   const loss = scope(() => {
     const inputs = {
@@ -206,13 +205,12 @@ export function trainingStep(device: Device, dtype: FloatDType): Results {
   const random = new TorchGenerator(5);
   const normals = (...shape: number[]) => random.randn(sizeOf(shape)) as Float32Array;
   const objective = objectiveOf(fill(fields, {}, 'defaults').objective, source.config('scheduler'));
-  const noised = addNoise(
-    objective,
-    normals(1, 4, 4, 4),
-    [1, 4, 4, 4],
-    new Float32Array([500]),
-    normals(1, 4, 4, 4),
-  );
+  const noised = addNoise(objective, {
+    shape: [1, 4, 4, 4],
+    latents: normals(1, 4, 4, 4),
+    timesteps: new Float32Array([500]),
+    noise: normals(1, 4, 4, 4),
+  });
   const loss = scope(() => {
     const value = diffusionLoss(model, objective, place(noisedInputs(noised, dtype), device), {
       context: tensor(normals(1, 77, 80), [1, 77, 80], { device, dtype }),

@@ -37,13 +37,12 @@ function goldenPass(settings: RunInput['objective']): PassInputs {
   });
   const empty = (of: HostTensor): HostTensor => ({ ...of, values: new Float32Array(of.values.length) });
   const { objective } = resolveRun({ ...basic('golden'), objective: settings }, 'test', 'test');
-  const noised = addNoise(
-    objectiveOf(objective, openModel(model).config('scheduler')),
-    permuted(numbers('latents', [2 * n, 4, h, w]), [2 * n, 4, h, w], toOurs),
-    [2 * n, h, w, 4],
-    Float32Array.of(107, 803, 107, 803),
-    twice(permuted(numbers('noise', [n, 4, h, w]), [n, 4, h, w], toOurs)),
-  );
+  const noised = addNoise(objectiveOf(objective, openModel(model).config('scheduler')), {
+    shape: [2 * n, h, w, 4],
+    latents: permuted(numbers('latents', [2 * n, 4, h, w]), [2 * n, 4, h, w], toOurs),
+    timesteps: Float32Array.of(107, 803, 107, 803),
+    noise: twice(permuted(numbers('noise', [n, 4, h, w]), [n, 4, h, w], toOurs)),
+  });
   const sizes = twice(Float32Array.of(64, 96, 0, 0, 64, 96, 80, 100, 8, 2, 64, 96));
   const [context, pooled] = [made('encoder_hidden_states', 77, 80), made('text_embeds', 40)];
   return {

@@ -28,7 +28,12 @@ for (const { config, level, ...wanted } of goldenLines<Case>('edm_training'))
   test(`level ${level} of ${JSON.stringify(config)}, as diffusers' EDMEulerScheduler`, (t) => {
     const objective = objectiveOf(usual, { _class_name: 'EDMEulerScheduler', ...config });
     const latents = Float32Array.from(i, (k) => ((k - 3.5) / 4) * (config.sigma_data ?? 0.5));
-    const made = addNoise(objective, latents, [1, 2, 2, 2], Float32Array.of(level), noise);
+    const made = addNoise(objective, {
+      shape: [1, 2, 2, 2],
+      latents,
+      timesteps: Float32Array.of(level),
+      noise,
+    });
     const off = (a: ArrayLike<number>, b: ArrayLike<number>) =>
       Math.max(...i.map((k) => Math.abs(a[k] - b[k]) / (1 + Math.abs(b[k]))));
     t.ok(off(made.sample, wanted.sample) < 1e-6, 'what the network sees');

@@ -89,8 +89,9 @@ function goldenLoss(
     const image = Math.floor(i / (h * w * c));
     noise[i] += settings.noise_offset * offset[image * c + (i % c)];
   }
-  const times = entry('data.timesteps', index).data;
-  const noised = addNoise(objective, channelsLast(latents), [n, h, w, c], times, noise);
+  const timesteps = entry('data.timesteps', index).data;
+  const drawn = { shape: [n, h, w, c], latents: channelsLast(latents), timesteps, noise };
+  const noised = addNoise(objective, drawn);
   return diffusionLoss(model, objective, place(noisedInputs(noised, 'float32'), device), {
     context,
     textEmbeds: onDevice('data.pooled', index),

@@ -8,8 +8,8 @@ import { readConditioning } from '../pictures/pictures.ts';
 import type { Run } from '../run/run.ts';
 import type { Control } from './control.ts';
 
-/** In colour, or as grey levels. */
-export function shown(
+/** Passes with each picture's conditioning image, in colour or as grey levels. */
+export function following(
   run: Run,
   { network, preview }: Pick<Control, 'network' | 'preview'>,
   channels: 1 | 3 = 3,

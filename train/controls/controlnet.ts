@@ -15,12 +15,12 @@ import { loadControlNet, ofOneKind } from '../../models/control/multicontrolnet.
 import type { Pipeline } from '../../models/pipeline.ts';
 import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
 import type { Run } from '../run/run.ts';
-import { shown } from './conditioning_image.ts';
+import { following } from './conditioning_image.ts';
 import { type Control, refuseRefiner } from './control.ts';
 
 /** Conditioning images, for the pipeline's ControlNet. */
 export const controlled = (run: Run): Control =>
-  shown(run, {
+  following(run, {
     network:
       ({ unet, controlnet: [net] }, { conditioning_pixel_values: image }) =>
       (sample, times, conditioning) => {

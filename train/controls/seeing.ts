@@ -13,7 +13,7 @@ import { widened } from '../../models/unet/widened.ts';
 import { joined } from '../../models/vae/latents.ts';
 import type { PassInputs } from '../objective/pass_inputs.ts';
 import type { View } from '../pictures/cache.ts';
-import type { Run } from '../run/run.ts';
+import { type Run, trainsEdits } from '../run/run.ts';
 import type { Control } from './control.ts';
 
 /** Passes whose UNet sees `channels` beside the latents; `seenOf` gives those of a view, [h, w, channels] of latents' size. */
@@ -65,7 +65,7 @@ const kinds: readonly Kind[] = [
     ...{ name: 'an InstructPix2Pix model', sees: 'the picture before its edit', isOf: isInstructPix2Pix },
     ...{ key: 'dataset.original_image_column', says: 'where that is, such as "original_image"' },
     published: 'diffusers/sdxl-instructpix2pix-768',
-    isTrained: ({ dataset }) => dataset.original_image_column !== '',
+    isTrained: trainsEdits,
     channels: (latents) => 2 * latents,
   },
 ];

@@ -16,12 +16,12 @@ import type { Pipeline } from '../../models/pipeline.ts';
 import { channelsFirst } from '../../models/vae/latents.ts';
 import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
 import type { Run } from '../run/run.ts';
-import { shown } from './conditioning_image.ts';
+import { following } from './conditioning_image.ts';
 import { type Control, refuseRefiner } from './control.ts';
 
 /** Conditioning images, for the pipeline's T2I-Adapter. */
 export const adapted = (run: Run, { adapter: [{ config }] }: Pipeline): Control =>
-  shown(
+  following(
     run,
     {
       network:

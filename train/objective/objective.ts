@@ -159,19 +159,25 @@ export function noiseBatch(objective: Objective, batch: LatentBatch, seed: numbe
       seen.set(weighted(1, one, objective.settings.input_perturbation, more), i * size);
     }
   });
-  const made = addNoise(objective, latents, shape, timesteps, noise, seen);
+  const made = addNoise(objective, { latents, shape, timesteps, noise, seen });
   if (!batch.weights) return made;
   return { ...made, weights: batch.weights.map((weight, i) => weight * (made.weights?.[i] ?? 1)) };
 }
 
-/** The sample, target and weights that given timesteps and noise make; `seen` is the noise that is added. */
+/** Scaled latents, and what is drawn for them. All but the timesteps is of their shape. */
+interface DrawnBatch {
+  shape: readonly number[];
+  latents: Float32Array;
+  timesteps: Float32Array;
+  noise: Float32Array;
+  /** The noise that is added, where it is other than what the network is to say. */
+  seen?: Float32Array;
+}
+
+/** The sample, target and weights that given timesteps and noise make. */
 export function addNoise(
   { settings, alphasCumprod, edm }: Objective,
-  scaled: Float32Array,
-  shape: readonly number[],
-  timesteps: Float32Array,
-  noise: Float32Array,
-  seen: Float32Array = noise,
+  { shape, latents: scaled, timesteps, noise, seen = noise }: DrawnBatch,
 ): NoisedBatch {
   const [n] = shape;
   const latents = edm ? scaled.map((z) => z / edm.sigma_data) : scaled;

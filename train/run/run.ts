@@ -304,6 +304,10 @@ export type RunInput = {
 export const trainsTexts = ({ train }: Pick<Run, 'train'>): boolean =>
   train.text_encoders || train.target === 'textual_inversion';
 
+/** Whether it trains an InstructPix2Pix model, which sees what pictures were before their edits. */
+export const trainsEdits = ({ dataset }: Pick<Run, 'dataset'>): boolean =>
+  dataset.original_image_column !== '';
+
 /** Whether what is trained beside the UNet is shown images, and so are its previews. */
 export const followsImages = ({ train: { target } }: Pick<Run, 'train'>): boolean =>
   target === 'controlnet' || target === 't2i_adapter' || target === 'ip_adapter';

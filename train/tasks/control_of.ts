@@ -7,7 +7,7 @@ import { editing } from '../controls/instruct_pix2pix.ts';
 import { prompted } from '../controls/ip_adapter.ts';
 import { masked } from '../controls/mask.ts';
 import { adapted } from '../controls/t2i_adapter.ts';
-import type { Run } from '../run/run.ts';
+import { type Run, trainsEdits } from '../run/run.ts';
 import type { Prepared } from './preparation.ts';
 
 export function controlOf(run: Run, pipeline: Pipeline, { beside, images }: Prepared): Control {
@@ -15,7 +15,7 @@ export function controlOf(run: Run, pipeline: Pipeline, { beside, images }: Prep
   if (run.train.target === 't2i_adapter') return adapted(run, pipeline);
   if (images) return prompted(run, pipeline, images);
   const weighed = run.objective.masked_loss ? masked(run, pipeline.ratio) : uncontrolled;
-  const edits = run.dataset.original_image_column !== '';
+  const edits = trainsEdits(run);
   if (!edits && !run.inpainting.mask_mode) return weighed;
   const seeing = (edits ? editing : paintingIn)(run, pipeline, beside);
   return {

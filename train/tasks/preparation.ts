@@ -37,7 +37,7 @@ import {
 } from '../pictures/cache.ts';
 import { type Pictures, previewSize, viewsOf, withRejected } from '../pictures/pictures.ts';
 import { previewsOf } from '../run/preview_prompts.ts';
-import { type Run, trainsTexts } from '../run/run.ts';
+import { type Run, trainsEdits, trainsTexts } from '../run/run.ts';
 
 /** What a run is made of, as far as it is asked here. */
 interface Subject {
@@ -134,7 +134,7 @@ async function preparePictures(
     const cache = cacheOf(shownPicture(interpolation, alpha_mask ? 'colours' : 'picture'));
     const views = viewsOf(pictures, run);
     await cache.fill(withRejected(views), heard('encoding pictures'));
-    const edits = run.dataset.original_image_column !== '';
+    const edits = trainsEdits(run);
     if (!edits && !run.inpainting.mask_mode) return { ...nothing, moments: cache.read };
     const beside = cacheOf(edits ? shownOriginal(run) : shownMasked(run));
     await beside.fill(views, heard(edits ? 'encoding pictures before edits' : 'encoding masked pictures'));

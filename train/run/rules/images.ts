@@ -1,13 +1,13 @@
 // What a run may not say together of the images that its pictures have beside them, and that previews follow.
 import { UserError } from '../../../io/errors.ts';
-import { followsImages, type Run } from '../run.ts';
+import { followsImages, type Run, trainsEdits } from '../run.ts';
 
 /** Whether each picture has an image beside it. */
 export const conditioned = (run: Run): boolean =>
   run.train.target === 'controlnet' ||
   run.train.target === 't2i_adapter' ||
   run.inpainting.mask_mode === 'conditioning_image' ||
-  run.dataset.original_image_column !== '' ||
+  trainsEdits(run) ||
   (run.objective.masked_loss && !run.dataset.alpha_mask);
 
 /** @throws UserError for images beside pictures, or under previews, that nothing would be made of; `where` names the file */
@@ -29,7 +29,7 @@ export function refuseImages(run: Run, where: string): void {
     throw new UserError(
       `${where}: "dataset.conditioning_image_column" has images for a ControlNet or T2I-Adapter, which target "${target}" does not train, masks for "inpainting.mask_mode", which is not "conditioning_image", or masks for "objective.masked_loss", which is off; leave it out`,
     );
-  const edits = dataset.original_image_column !== '';
+  const edits = trainsEdits(run);
   if (images.length > 0 && !followsImages(run) && !run.inpainting.mask_mode && !edits)
     throw new UserError(
       `${where}: "previews.validation_image" is for what is trained to follow images, or for an inpainting or InstructPix2Pix model, and the run trains none; leave it out, or set "train.target" to "controlnet", "t2i_adapter" or "ip_adapter", or "inpainting.mask_mode" or "dataset.original_image_column"`,
