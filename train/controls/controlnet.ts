@@ -13,7 +13,8 @@ import {
 import { controlNetJson, startFromUNet } from '../../models/control/controlnet_start.ts';
 import { loadControlNet, ofOneKind } from '../../models/control/multicontrolnet.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
-import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
+import { numbersOf } from '../data/draws.ts';
+import { type Added, besideUNet } from '../parts/added.ts';
 import type { Run } from '../run/run.ts';
 import { following } from './conditioning_image.ts';
 import { type Control, refuseRefiner } from './control.ts';

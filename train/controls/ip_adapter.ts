@@ -24,10 +24,10 @@ import { newIPAdapterConfig, startIPAdapter } from '../../models/ip_adapter/ip_a
 import type { Pipeline } from '../../models/pipeline.ts';
 import { crossAttentions } from '../../models/unet/unet.ts';
 import { joined } from '../../models/vae/latents.ts';
-import { draws } from '../data/draws.ts';
+import { draws, numbersOf } from '../data/draws.ts';
 import type { Sample } from '../data/survey.ts';
 import type { PassInputs } from '../objective/pass_inputs.ts';
-import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
+import { type Added, besideUNet } from '../parts/added.ts';
 import type { Said } from '../pictures/cache.ts';
 import type { Run } from '../run/run.ts';
 import { type Control, refuseRefiner } from './control.ts';

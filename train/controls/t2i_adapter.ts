@@ -14,7 +14,8 @@ import {
 } from '../../models/control/t2i_adapter.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import { channelsFirst } from '../../models/vae/latents.ts';
-import { type Added, besideUNet, numbersOf } from '../parts/twin.ts';
+import { numbersOf } from '../data/draws.ts';
+import { type Added, besideUNet } from '../parts/added.ts';
 import type { Run } from '../run/run.ts';
 import { following } from './conditioning_image.ts';
 import { type Control, refuseRefiner } from './control.ts';

@@ -3,6 +3,7 @@
 // draw. The key becomes a stream of kernels/cpu/random.cc by one Philox call, and the numbers are that kernel's own.
 import { createHash } from 'node:crypto';
 import { philox, type Stream } from '../../engine/philox.ts';
+import type { Numbers } from '../../models/adapters/adapters.ts';
 
 /** What a draw is for. The place in this list is part of the key: append only. */
 const purposes = [
@@ -80,3 +81,13 @@ export function draws(seed: number, epoch: number, sample: number, purpose: Purp
     },
   };
 }
+
+/** What new weights are drawn from, each by its name. */
+export const numbersOf =
+  (seed: number): Numbers =>
+  (name, count, kind) => {
+    const source = draws(seed, 0, keyOf(name), 'weights');
+    return kind === 'normal'
+      ? source.normals(count)
+      : Float32Array.from({ length: count }, () => source.uniform());
+  };

@@ -6,7 +6,7 @@ import { unscoped } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { UNet } from '../../models/unet/unet.ts';
-import { numbersOf } from '../parts/twin.ts';
+import { numbersOf } from '../data/draws.ts';
 import type { Run } from '../run/run.ts';
 
 /** `model`, with such a layer where the run distils a whole UNet into one and the model has none. */

@@ -18,7 +18,7 @@ import {
 } from '../../models/text/textual_inversion.ts';
 import type { Sample } from '../data/survey.ts';
 import type { Run } from '../run/run.ts';
-import type { Added } from './twin.ts';
+import type { Added } from './added.ts';
 
 /**
  * Gives the loaded pipeline the token that a run trains. `resumed` runs have vectors of their own, and begin with none.

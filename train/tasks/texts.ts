@@ -10,7 +10,7 @@ import { parseTextConfig } from '../../models/text/clip.ts';
 import { type Encoded, encodeTokens, tokensOf } from '../../models/text/conditioning.ts';
 import { joined } from '../../models/vae/latents.ts';
 import type { HostTensor, PassInputs } from '../objective/pass_inputs.ts';
-import type { Networks } from '../parts/twin.ts';
+import type { Networks } from '../parts/added.ts';
 import type { TextEmbeddings } from '../pictures/cache.ts';
 import type { PreparedTexts } from './preparation.ts';
 

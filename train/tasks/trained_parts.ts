@@ -1,14 +1,15 @@
 // What of the loaded model a run trains, or what it puts on it, beside it or into it: weights of the UNet and the text encoders
-// themselves, adapters (twin.ts), a ControlNet, T2I- or IP-Adapter (controls/), or a token's vectors (textual_inversion.ts).
+// themselves, adapters (adapters.ts), a ControlNet, T2I- or IP-Adapter (controls/), or a token's vectors (textual_inversion.ts).
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { textParts } from '../../models/load_options.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import { withControlNet } from '../controls/controlnet.ts';
 import { type IPAdapterBegin, withIPAdapter } from '../controls/ip_adapter.ts';
 import { withT2IAdapter } from '../controls/t2i_adapter.ts';
+import { adapters } from '../parts/adapters.ts';
+import type { Added, Networks } from '../parts/added.ts';
 import { blockRates, textEncoderRate } from '../parts/rates.ts';
 import { withToken } from '../parts/textual_inversion.ts';
-import { type Added, adapters, type Networks } from '../parts/twin.ts';
 import { type Component, component } from '../passes/task.ts';
 import type { Pictures } from '../pictures/pictures.ts';
 import type { Run } from '../run/run.ts';
