@@ -38,35 +38,48 @@ export interface GradientNorms {
   release(): void;
 }
 
+/** `count` sums, of which each grows on one device or another. */
+export function openSums(count: number) {
+  const sums = new Map<Device, Tensor>();
+  return {
+    /** All of them [count], as far as they grow there. */
+    on(device: Device): Tensor {
+      const sum = sums.get(device) ?? unscoped(() => zeros([count], { device }));
+      sums.set(device, sum);
+      return sum;
+    },
+    /** Waits for them. */
+    read(): number[] {
+      // What grows on one device is zero on the others.
+      const parts = [...sums.values()].map((sum) => sum.floats());
+      return Array.from({ length: count }, (_, i) => parts.reduce((sum, part) => sum + part[i], 0));
+    },
+    release() {
+      for (const sum of sums.values()) sum.release();
+    },
+  };
+}
+
 /** Measures gradients of the parameters. */
 export function openNorms(parameters: ReadonlyMap<string, Parameter>): GradientNorms {
   const places = new Map([...parameters.keys()].map((name, i) => [name, i]));
-  const sums = new Map<Device, Tensor>();
-  const sumOn = (device: Device): Tensor => {
-    const sum = sums.get(device) ?? unscoped(() => zeros([parameters.size], { device }));
-    sums.set(device, sum);
-    return sum;
-  };
+  const sums = openSums(parameters.size);
   return {
     add(gradients) {
       update(
         [...gradients].map(([name, gradient]) =>
-          sumSquares(gradient, sumOn(gradient.device), places.get(name) as number),
+          sumSquares(gradient, sums.on(gradient.device), places.get(name) as number),
         ),
       );
     },
     read(maxNorm) {
-      const parts = [...sums.values()].map((sum) => sum.floats());
-      // On each device the others' are zero.
-      const values = Array.from(parameters, (_, i) => parts.reduce((sum, part) => sum + part[i], 0));
+      const values = sums.read();
       const bad = values.findIndex((value) => !Number.isFinite(value));
       const norm = Math.sqrt(values.reduce((total, value) => total + value, 0));
       const scale = maxNorm > 0 ? Math.min(1, maxNorm / (norm + 1e-6)) : 1;
       return { norm, scale, nonfinite: bad < 0 ? undefined : [...parameters.keys()][bad] };
     },
-    release() {
-      for (const sum of sums.values()) sum.release();
-    },
+    release: sums.release,
   };
 }
 

@@ -2,8 +2,6 @@
 // Frobenius norm above the bound is brought back to it, each of its matrices by the same factor, the root of what is too much. (LyCORIS
 // does so for LoKr; its LoHa keeps a factor of its own beside the matrices, which only its file has multiplied in; of OFT it is the blocks'
 // own norm, there and here.)
-import type { Device } from '../../engine/device.ts';
-import { copyBetween } from '../../engine/exchange.ts';
 import { noGrad } from '../../engine/grad.ts';
 import type { Parameter } from '../../engine/module.ts';
 import { update } from '../../engine/op.ts';
@@ -11,9 +9,10 @@ import { copy } from '../../engine/ops/move.ts';
 import { sumSquares } from '../../engine/ops/optimizer.ts';
 import { cast, scale } from '../../engine/ops/unary.ts';
 import { scope } from '../../engine/scope.ts';
-import { empty, type Tensor, zeros } from '../../engine/tensor.ts';
+import type { Tensor } from '../../engine/tensor.ts';
+import { openSums } from '../optimizers/clip.ts';
 import type { Optimizer } from '../optimizers/rule.ts';
-import type { Task, TrainedAdapter } from '../passes/task.ts';
+import { onDevice, type Task, type TrainedAdapter } from '../passes/task.ts';
 import type { Run } from '../run/run.ts';
 
 /** What of a session an update leaves to be bounded. */
@@ -40,31 +39,20 @@ export function boundNorms({ run, task, parameters, optimizer }: Moved): void {
 }
 
 /** Of what is bounded as it is at full precision, a layer at a time. */
-function normsOf(adapters: readonly TrainedAdapter[], weightOf: (name: string) => Tensor): Float64Array {
-  return scope(() => {
-    const sums = new Map<Device, Tensor>();
-    for (const [i, { names, bounded }] of adapters.entries()) {
-      const weights = names.map(weightOf);
-      const { device } = weights[0];
-      const sum = sums.get(device) ?? zeros([adapters.length], { device });
-      sums.set(device, sum);
+function normsOf(adapters: readonly TrainedAdapter[], weightOf: (name: string) => Tensor): number[] {
+  const sums = openSums(adapters.length);
+  try {
+    for (const [i, { names, bounded }] of adapters.entries())
       scope(() => {
-        const measured = bounded(weights.map((weight) => cast(brought(weight, device), 'float32')));
-        update([sumSquares(measured, sum, i)]);
+        const weights = names.map(weightOf);
+        const [{ device }] = weights; // a layer's matrices may have several owners
+        const measured = bounded(weights.map((weight) => cast(onDevice(weight, device), 'float32')));
+        update([sumSquares(measured, sums.on(device), i)]);
       });
-    }
-    const parts = [...sums.values()].map((sum) => sum.floats());
-    // On each device the others' are zero.
-    return Float64Array.from(adapters, (_, i) => Math.sqrt(parts.reduce((all, part) => all + part[i], 0)));
-  });
-}
-
-/** A layer's matrices may have several owners. */
-function brought(weight: Tensor, device: Device): Tensor {
-  if (weight.device === device) return weight;
-  const copied = empty(weight.shape, { device, dtype: weight.dtype });
-  copyBetween([[copied, weight]]);
-  return copied;
+    return sums.read().map(Math.sqrt);
+  } finally {
+    sums.release();
+  }
 }
 
 /** `weight` may be the parameter's own tensor, or the master that it is rounded from. */

@@ -168,7 +168,8 @@ export const copied =
   (_, own) =>
     onDevice(own, device);
 
-function onDevice(tensor: Tensor, device: Device): Tensor {
+/** A handle on the tensor where it is on the device, else a copy there. */
+export function onDevice(tensor: Tensor, device: Device): Tensor {
   if (tensor.device === device) return tensor.handle(tensor.shape);
   const copy = empty(tensor.shape, { device, dtype: tensor.dtype });
   copyBetween([[copy, tensor]]);
