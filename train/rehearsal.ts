@@ -62,7 +62,7 @@ function rehearseUpdate(session: Session, devices: readonly Device[]): void {
   const { made } = optimizer.step(run.optimizer.lr);
   boundNorms(session);
   for (const held of [norms, ...losses]) held.release();
-  passes.share();
+  passes.broadcast();
   ema?.step(made);
   passes.clear();
 }

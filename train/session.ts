@@ -132,7 +132,7 @@ export function resumeSession(session: Session, checkpoint: string): Position {
         (key) => ema.weights.get(`${name}.${key}`) as Tensor,
       );
   }
-  passes.share();
+  passes.broadcast();
   loadTensors(join(checkpoint, 'optimizer.safetensors'), optimizer.state);
   return { step: state.step, epoch: state.epoch, update: state.update };
 }

@@ -155,7 +155,7 @@ async function step(
   moving?.();
   const { made, dlr } = optimizer.step(lr, clipping.scale);
   boundNorms(session);
-  passes.share();
+  passes.broadcast();
   ema?.step(made);
   return { loss, grad_norm: clipping.norm, dlr };
 }

@@ -115,7 +115,7 @@ test('vectors begin, get gradients and are moved as by torch over the whole tabl
         allClose(t, `gradient of ${name}`, got, floats(gradient), { atol: 20 * noise[0], rtol: 0 });
       });
     optimizer.step(0.01);
-    passes.share();
+    passes.broadcast();
     passes.clear();
   }
   each(({ tensor }, { name, after, noise }) =>

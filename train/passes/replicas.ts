@@ -21,7 +21,7 @@ export interface Replicas extends Passes {
   /** Adds the gradients of the update's passes up, on the owners. */
   gather(): void;
   /** Gives all GPUs the owners' weights. */
-  share(): void;
+  broadcast(): void;
 }
 
 /** Gradients that are on their way to a GPU at once: what they take is free again, as no pass is at work meanwhile. */
@@ -55,7 +55,7 @@ export function openReplicas(
     gather() {
       for (const part of parts) addUp(part);
     },
-    share() {
+    broadcast() {
       copyBetween(
         shared.flatMap(({ leaves, owner }) => others(leaves, owner).map((leaf) => [leaf, leaves[owner]])),
       );
