@@ -6,7 +6,6 @@ import type { Picture } from '../../io/pixels.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import { hashOfCaptions } from '../data/caption.ts';
-import type { DatasetOptions } from '../data/dataset.ts';
 import { draws, keyOf } from '../data/draws.ts';
 import { openDataset } from '../data/source.ts';
 import { type Sample, survey } from '../data/survey.ts';
@@ -32,46 +31,17 @@ export interface Pictures {
 
 /** Looks at every picture of a run. Sides will be multiples of `step`. @throws UserError */
 export async function openPictures(run: Run, step: number, report: Report): Promise<Pictures> {
-  const { path, broken } = run.dataset;
+  const { path, folder_repeats } = run.dataset;
   if (!path) throw new UserError('the run names no dataset; set dataset.path to a folder or a hub id');
   for (const resolution of resolutionsOf(run.dataset))
     if (resolution % step)
       throw new UserError(
         `dataset.resolution ${resolution} is not divisible by ${step}, which this model needs; ${Math.max(step, resolution - (resolution % step))} is`,
       );
-  const look = async (options: DatasetOptions, label: string): Promise<Sample[]> => {
-    const onProgress = (done: number, total: number) => report.progress(label, done, total);
-    const { samples, skipped } = await survey(await openDataset(options), { broken, onProgress });
-    for (const problem of skipped) report.line(`skipped: ${problem}`);
-    return samples;
-  };
-  const { learnable_property, placeholder_token } = run.textual_inversion;
-  const templates = templatesOf(learnable_property, placeholder_token);
-  const found = await look(
-    templates ? { ...run.dataset, instance_prompt: templates[0] } : run.dataset,
-    'looking at pictures',
-  );
-  const { class_data_dir, class_prompt, caption_prefix, caption_suffix } = run.dataset;
-  const affixed = (caption: string) =>
-    [caption_prefix, caption, caption_suffix].filter((text) => text !== '').join(' ');
-  const own = found.map((sample) => ({
-    ...sample,
-    captions: (templates ?? sample.captions).map(affixed),
-  }));
-  const prior = class_data_dir
-    ? await look(
-        {
-          ...run.dataset,
-          ...{ path: class_data_dir, instance_prompt: class_prompt, conditioning_image_column: '' },
-        },
-        'looking at pictures of the class',
-      )
-    : [];
-  const shown = [...own, ...prior.map(ofClass)].flatMap(
-    run.dataset.folder_repeats ? repeated : (each) => [each],
-  );
+  const found = [...(await ownSamples(run, report)), ...(await priorSamples(run, report))];
+  const all = folder_repeats ? found.flatMap(repeated) : found;
   const { buckets, bucketsOf } = openBuckets(run.dataset, step);
-  const placed = shown.flatMap((sample) =>
+  const placed = all.flatMap((sample) =>
     bucketsOf(sample.size).map((bucket, i) => ({
       bucket,
       sample: i === 0 ? sample : again(sample, `at ${buckets[bucket].join('x')}`),
@@ -89,10 +59,39 @@ export async function openPictures(run: Run, step: number, report: Report): Prom
   };
 }
 
-/** A picture for prior preservation, whose draws are not those of a picture of the same name. */
-function ofClass(sample: Sample): Sample {
-  const id = `class/${sample.id}`;
-  return { ...sample, id, key: keyOf(id), prior: true };
+/** The pictures that a run learns from, under templates where it has these in the captions' place. */
+async function ownSamples({ dataset, textual_inversion }: Run, report: Report): Promise<Sample[]> {
+  const { learnable_property, placeholder_token } = textual_inversion;
+  const templates = templatesOf(learnable_property, placeholder_token);
+  const given = templates ? { ...dataset, instance_prompt: templates[0] } : dataset;
+  const { caption_prefix, caption_suffix } = dataset;
+  const affixed = (caption: string) =>
+    [caption_prefix, caption, caption_suffix].filter((text) => text !== '').join(' ');
+  return (await look(given, 'looking at pictures', report)).map((sample) => ({
+    ...sample,
+    captions: (templates ?? sample.captions).map(affixed),
+  }));
+}
+
+/** Pictures for prior preservation. Their draws are not those of pictures of the same names. */
+async function priorSamples({ dataset }: Run, report: Report): Promise<Sample[]> {
+  const { class_data_dir: path, class_prompt: instance_prompt } = dataset;
+  if (!path) return [];
+  const ofClass = { ...dataset, path, instance_prompt, conditioning_image_column: '' };
+  const samples = await look(ofClass, 'looking at pictures of the class', report);
+  return samples.map((sample) => {
+    const id = `class/${sample.id}`;
+    return { ...sample, id, key: keyOf(id), prior: true };
+  });
+}
+
+/** Looks at the pictures of a dataset, and tells of those that are left out. */
+async function look(dataset: Run['dataset'], label: string, report: Report): Promise<Sample[]> {
+  const onProgress = (done: number, total: number) => report.progress(label, done, total);
+  const { broken } = dataset;
+  const { samples, skipped } = await survey(await openDataset(dataset), { broken, onProgress });
+  for (const problem of skipped) report.line(`skipped: ${problem}`);
+  return samples;
 }
 
 /** A picture as often as its topmost folder says, `10_name`: the same file, with draws of its own each time. */
