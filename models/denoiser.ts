@@ -26,7 +26,7 @@ import {
 import type { Encoded } from './text/conditioning.ts';
 import { ContextCache } from './unet/context_cache.ts';
 import { deepCache } from './unet/deepcache.ts';
-import { guide, guidedCalls, rescaled } from './unet/guidance.ts';
+import { finishing, guide, guidedCalls } from './unet/guidance.ts';
 import { type DeepFeature, featuresMade } from './unet/unet.ts';
 import { channelsFirst, channelsLast } from './vae/latents.ts';
 
@@ -97,7 +97,7 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
   };
   const pass = passOver(model, request, plan, inputs);
   const passes = passesOf(partsAt, (parts) => stepsOf(device, plan, parts, pass));
-  const rescale = request.guidance_rescale ?? 0;
+  const finish = finishing(request, shape);
   return {
     predict(x, i) {
       update([copy(inputs.latents, x)]);
@@ -106,9 +106,7 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
       return passes
         .at(i)
         .run((y) =>
-          isGuided(i) && rescale > 0
-            ? tensor(rescaled(y.floats(), images, rescale), shape, { device })
-            : slice(y, 0, 0, images),
+          isGuided(i) && finish ? tensor(finish(y.floats()), shape, { device }) : slice(y, 0, 0, images),
         );
     },
     truncated: inputs.truncated,
@@ -136,13 +134,12 @@ function sideOf(plan: DenoiserPlan, inputs: Inputs, guided: boolean): Side {
 type MakePass = (parts: Parts, deep?: DeepFeature) => Tensor;
 
 /**
- * What the network says at the inputs' latents and step, guided, [n, c, h, w] in float32; with the text's prediction after it where that
- * is to rescale it. The layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for
- * the host.
+ * What the network says at the inputs' latents and step, guided, [n, c, h, w] in float32; in parts where the host is to finish it. The
+ * layout changes, types are cast and the prediction is guided on the device, in the recording: it would wait for the host.
  */
 function passOver(
   { dtype, unet }: GuidedModel,
-  { guidance_scale, guidance_rescale = 0, freeu }: GuidanceRequest,
+  { guidance_scale, guidance_rescale = 0, adaptive_projected_guidance: apg, freeu }: GuidanceRequest,
   { shape: [images], pag, imageGuidanceScale }: DenoiserPlan,
   { latents, step, pagScales }: Inputs,
 ): MakePass {
@@ -173,6 +170,7 @@ function passOver(
       imageGuidanceScale: guided ? imageGuidanceScale : undefined,
       pagScale: pag && embedding(step, pagScales),
       withText: guided && guidance_rescale > 0,
+      apart: guided && apg !== undefined,
     });
   };
 }

@@ -15,18 +15,14 @@ import { type Encoded, encodePrompts, type Prompts, type TextStack } from './tex
 import type { Scheduled } from './text/prompt_schedule.ts';
 import type { Caching } from './unet/deepcache.ts';
 import type { FreeU } from './unet/freeu.ts';
-import type { GuidanceInterval } from './unet/guidance.ts';
+import type { GuidanceInterval, GuidanceNumbers } from './unet/guidance.ts';
 import type { PAG } from './unet/pag.ts';
 import type { ImageTokens } from './unet/transformer.ts';
 import type { UNet } from './unet/unet.ts';
 import { type Latents, toDevice } from './vae/latents.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
-export interface GuidanceRequest extends Prompts, GuidanceInterval {
-  /** How strongly to leave the unconditional prediction; 1 or less switches guidance off. */
-  guidance_scale: number;
-  /** The part, 0 to 1, by which the guided prediction is scaled back to the spread of the prompt's; 0 where absent. */
-  guidance_rescale?: number;
+export interface GuidanceRequest extends Prompts, GuidanceInterval, GuidanceNumbers {
   /** FreeU's four numbers, as diffusers' enable_freeu takes them; without it where absent. */
   freeu?: FreeU;
   /** 1 where absent. Images of one prompt follow each other in the batch. */

@@ -36,6 +36,7 @@ import type { Denoise, Plan, Sampler, StepResult } from './samplers/sampler.ts';
 import { type Start, startOf } from './start.ts';
 import { parseTextConfig, textEncoder, tokenizerFor } from './text/clip.ts';
 import { promptCount, type Size, timeIds } from './text/conditioning.ts';
+import { checkAPG } from './unet/apg.ts';
 import { cachingOf } from './unet/deepcache.ts';
 import { feedForwardToFp8 } from './unet/fp8.ts';
 import { pagOf } from './unet/pag.ts';
@@ -213,6 +214,7 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   const imageGuidanceScale = imageGuidanceOf(pipeline.unetConfig, request);
   const embedded = pipeline.unetConfig.time_cond_proj_dim ? request.guidance_scale - 1 : undefined;
   const guided = isGuided(pipeline.unetConfig, request);
+  checkAPG(request, guided);
   const start = startOf(pipeline, request, sampler, plan, images);
   try {
     const { shape, beside } = start;

@@ -16,6 +16,7 @@ import type { SchedulerConfig } from './samplers/config.ts';
 import { latentContents, type StartRequest } from './start.ts';
 import type { MicroConditioning } from './text/conditioning.ts';
 import { emphases } from './text/emphasis.ts';
+import type { APG } from './unet/apg.ts';
 import type { CacheRequest } from './unet/deepcache.ts';
 import { freeUNumbers } from './unet/freeu.ts';
 import type { PAGRequest } from './unet/pag.ts';
@@ -123,6 +124,12 @@ const each: Rule = [
 const isFreeU = (value: object): boolean =>
   Object.keys(value).sort().join() === [...freeUNumbers].sort().join() &&
   Object.values(value).every((one) => atLeast0[1](one));
+const isAPG = ({ momentum, rescale, eta, ...more }: { [K in keyof APG]?: unknown }): boolean =>
+  isNumber(momentum) &&
+  Math.abs(Number(momentum)) <= 1 &&
+  atLeast0[1](rescale) &&
+  isNumber(eta) &&
+  Object.keys(more).length === 0;
 const isBalance = (value: unknown): boolean => controlBalances.some((one) => one === value);
 /** What it holds is told of beside the UNet. */
 const isScaleOrNone = (value: unknown): boolean =>
@@ -160,6 +167,10 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   eta: anyNumber,
   guidance_scale: finite,
   guidance_rescale: part,
+  adaptive_projected_guidance: [
+    '{ momentum, rescale, eta }: a number from -1 to 1, one from 0, and any',
+    (value) => isRecord(value) && isAPG(value),
+  ],
   guidance_start: part,
   guidance_stop: part,
   image_guidance_scale: atLeast0,

@@ -7,11 +7,12 @@ import { checkControlModes } from '../../models/control/multicontrolnet.ts';
 import { checkSquares, t2iAdapterConfig } from '../../models/control/t2i_adapter.ts';
 import { askedPictures } from '../../models/ip_adapter/image_prompt.ts';
 import type { AdapterFile } from '../../models/lora/lora.ts';
-import { sizesOf } from '../../models/pipeline.ts';
+import { isGuided, sizesOf } from '../../models/pipeline.ts';
 import { planOf, samplerFor } from '../../models/plan.ts';
 import type { Request } from '../../models/request.ts';
 import { parseSchedulerConfig } from '../../models/samplers/config.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
+import { checkAPG } from '../../models/unet/apg.ts';
 import { cachingOf } from '../../models/unet/deepcache.ts';
 import { pagOf } from '../../models/unet/pag.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
@@ -96,12 +97,13 @@ export function planCall(
 /** A random one where none is given. */
 export const seedFor = (asked = -1): number => (asked < 0 ? Math.floor(Math.random() * 2 ** 32) : asked);
 
-/** The steps of a request. @throws UserError where the model cannot do them, or has no such layers, or is for another request */
+/** The steps of a request. @throws UserError where the model cannot do them, has no such layers or no guidance, or is for another request */
 function planned(from: ModelSource, asked: Request) {
   const config = parseUNetConfig(from.config('unet'));
   checkInpainting(config, asked);
   checkInstructPix2Pix(config, asked);
   cachingOf(asked, config);
+  checkAPG(asked, isGuided(config, asked));
   if (asked.pag_scale) pagOf(asked, unet(config)); // thousands of modules, for their names alone
   const scheduler = parseSchedulerConfig(from.config('scheduler'));
   return planOf({ scheduler, unetConfig: config }, asked);

@@ -15,6 +15,7 @@ import { enlargeTo, type Upscaler } from '../../models/upscaler/upscaler.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
 import { encodeImage, type Latents, middleOf, stacked, type VaeRequest } from '../../models/vae/latents.ts';
 import { number, oneOf, side } from '../option_values.ts';
+import { guidanceAt } from './guidance_options.ts';
 
 /** Of latents, how torch interpolates them; of pictures, Pillow's filter. Their names are A1111's. */
 const upscalers = {
@@ -202,11 +203,11 @@ export function shownOf<P extends Pixels>(picture: P, { width, height, uncut }: 
 /** What a second pass is told otherwise than the first. A text of its own is for both text encoders; an empty one says nothing. */
 export const hiresTexts = (
   { hiresPrompt, hiresNegativePrompt, hiresGuidanceScale }: HiresOptions,
-  { prompt, guidance_scale }: Pick<Request, 'prompt' | 'guidance_scale'>,
+  base: Pick<Request, 'prompt' | 'guidance_scale' | 'adaptive_projected_guidance'>,
 ): Partial<Request> => ({
-  ...(hiresPrompt && { prompt: prompt?.map(() => hiresPrompt), prompt_2: undefined }),
+  ...(hiresPrompt && { prompt: base.prompt?.map(() => hiresPrompt), prompt_2: undefined }),
   ...(hiresNegativePrompt && { negative_prompt: [hiresNegativePrompt], negative_prompt_2: undefined }),
-  guidance_scale: hiresGuidanceScale ?? guidance_scale,
+  ...guidanceAt(hiresGuidanceScale ?? base.guidance_scale, base),
 });
 
 /** The scheduler of a second pass that has its own. */

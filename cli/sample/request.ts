@@ -17,7 +17,7 @@ import type { Latents } from '../../models/vae/latents.ts';
 import { readFor } from '../option_values.ts';
 import { adapterRequest } from './adapter_options.ts';
 import { controlnetOf, controlRequest } from './control_options.ts';
-import { guidanceRequest } from './guidance_options.ts';
+import { guidanceAt, guidanceRequest } from './guidance_options.ts';
 import { hiresScheduler, hiresSteps, hiresTexts, type Larger, type Sides, shownOf } from './hires_options.ts';
 import { type IPAdapterInputs, ipAdapterRequest } from './ip_adapter_options.ts';
 import { contentUnder, preparedMask, wholeUnder } from './mask_options.ts';
@@ -275,7 +275,7 @@ export function refinerRequest(options: SampleOptions, base: Request, drawn: Lat
   const beside = base.mask !== undefined && denoising_start !== undefined;
   return {
     ...base,
-    guidance_scale: options.refinerGuidanceScale ?? options.guidanceScale,
+    ...guidanceAt(options.refinerGuidanceScale ?? options.guidanceScale, base),
     guidance_start: undefined,
     guidance_stop: undefined,
     freeu: undefined,

@@ -35,6 +35,7 @@ const foreign = {
   adapter_image: '--adapter',
   ip_adapter_image: '--ip-adapter',
   pag_scale: '--pag-scale',
+  adaptive_projected_guidance: '--apg',
 } as const;
 
 type Asked = InstructPix2PixRequest & { image?: Latents } & { [K in keyof typeof foreign]?: unknown };

@@ -1,11 +1,13 @@
 // One prediction of those that a pass makes for a picture: classifier-free guidance (Ho & Salimans 2022), also by a picture (Brooks et al.
 // 2023), perturbed-attention guidance (Ahn et al. 2024) and the rescaling of the first (Lin et al. 2023), as diffusers' pipelines have them.
+// What goes by sums over an image is left to the host: the rescaling, and the projection of apg.ts.
 import { add, mul, sub } from '../../engine/ops/binary.ts';
 import { concat, slice } from '../../engine/ops/move.ts';
 import { broadcast } from '../../engine/ops/reduce.ts';
 import { scale } from '../../engine/ops/unary.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { UserError } from '../../io/errors.ts';
+import { type APGRequest, projection } from './apg.ts';
 
 /** In which calls classifier-free guidance holds (Kynkäänniemi et al. 2024); the names are those of diffusers' guiders, behind `guidance_`. */
 export interface GuidanceInterval {
@@ -27,6 +29,14 @@ export function guidedCalls(
   return [Math.trunc(start * calls), Math.trunc(stop * calls)];
 }
 
+/** The part of a request that says how strongly classifier-free guidance holds. */
+export interface GuidanceNumbers extends APGRequest {
+  /** How strongly to leave the unconditional prediction; 1 or less switches guidance off. */
+  guidance_scale: number;
+  /** The part, 0 to 1, by which the guided prediction is scaled back to the spread of the prompt's; 0 where absent. */
+  guidance_rescale?: number;
+}
+
 export interface Guidance {
   /** Of classifier-free guidance; undefined without, and then there are no unconditional rows. */
   guidanceScale?: number;
@@ -36,6 +46,8 @@ export interface Guidance {
   pagScale?: Tensor;
   /** Puts the text's prediction after the guided one, for rescaled(). */
   withText: boolean;
+  /** Puts what the prompt changes, text - uncond, after the guided prediction in place of adding it, and then the text's: for projection(). */
+  apart?: boolean;
 }
 
 /**
@@ -46,13 +58,13 @@ export interface Guidance {
 export function guide(
   said: Tensor,
   images: number,
-  { guidanceScale, imageGuidanceScale, pagScale, withText }: Guidance,
+  { guidanceScale, imageGuidanceScale, pagScale, withText, apart = false }: Guidance,
 ): Tensor {
   const part = (i: number) => slice(said, 0, i * images, images);
   const first = part(0);
   const text = guidanceScale === undefined ? first : part(1);
-  let guided = text;
-  if (guidanceScale !== undefined) {
+  let guided = apart ? first : text;
+  if (guidanceScale !== undefined && !apart) {
     const without = imageGuidanceScale === undefined ? first : part(2);
     guided = add(first, scale(sub(text, without), guidanceScale));
     if (imageGuidanceScale !== undefined)
@@ -62,15 +74,26 @@ export function guide(
     const away = sub(text, part(said.shape[0] / images - 1));
     guided = add(guided, mul(away, broadcast(pagScale.reshape(1), 0, away.size).reshape(...away.shape)));
   }
+  if (apart) return concat([guided, sub(text, first), text], 0);
   return withText ? concat([guided, text], 0) : guided;
 }
 
-/** What guide() gave with the text's prediction, scaled toward the spread of that, image by image (Lin et al. 2023). */
+/** What is left of guidance for the host to do to what guide() gives in each call of a run: the guided prediction; undefined where all is done. */
+export function finishing(
+  { guidance_scale, guidance_rescale = 0, adaptive_projected_guidance: apg }: GuidanceNumbers,
+  shape: readonly number[],
+): ((said: Float32Array) => Float32Array) | undefined {
+  if (!apg && guidance_rescale === 0) return undefined;
+  const projected = apg ? projection(apg, guidance_scale, shape) : (said: Float32Array) => said;
+  return (said) => rescaled(projected(said), shape[0], guidance_rescale);
+}
+
+/** Of a guided prediction and the text's behind it the first, scaled toward the spread of the other, image by image (Lin et al. 2023). */
 export function rescaled(both: Float32Array, images: number, guidanceRescale: number): Float32Array {
   const half = both.length / 2;
   const [guided, text] = [both.slice(0, half), both.subarray(half)];
   const size = half / images;
-  for (let i = 0; i < images; i++) {
+  for (let i = 0; guidanceRescale > 0 && i < images; i++) {
     const mine = guided.subarray(i * size, (i + 1) * size);
     const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
     const factor = guidanceRescale * ratio + (1 - guidanceRescale);

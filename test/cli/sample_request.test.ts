@@ -17,6 +17,7 @@ import {
   canvasOf,
   hiresRequest,
   type Inputs,
+  plannedSecond,
   refinerRequest,
 } from '../../cli/sample/request.ts';
 import { toGrey } from '../../io/image.ts';
@@ -110,6 +111,7 @@ test('each flag reaches what it names', (t) => {
     ['--sigmas 14.6,3,0', { sigmas: [14.6, 3, 0], num_inference_steps: 2 }],
     ['--guidance-scale 1.5', { guidance_scale: 1.5 }],
     ['--guidance-rescale 0.7', { guidance_rescale: 0.7 }],
+    ['--apg --apg-eta 0.5', { adaptive_projected_guidance: { momentum: -0.5, rescale: 15, eta: 0.5 } }],
     ['--guidance-start 0.2 --guidance-stop 0.8', { guidance_start: 0.2, guidance_stop: 0.8 }],
     ['--eta 0.25', { eta: 0.25 }],
     [
@@ -181,6 +183,24 @@ test('the refiner goes on, or begins over the finished picture', (t) => {
     refined('--image', 'x.png', '--strength', '0.9'),
     [5, 0.3, undefined, undefined],
     "with a picture the strength is the base's",
+  );
+  const projected = (...argv: string[]) => {
+    const options = optionsOf('--apg', ...argv);
+    const [first, larger] = [base(options), { width: 64, height: 64 }];
+    const second = argv.includes('--hires')
+      ? plannedSecond(options, first, larger)
+      : refinerRequest(options, first, latents);
+    return second.adaptive_projected_guidance === first.adaptive_projected_guidance;
+  };
+  t.same([projected('--refiner', 'r'), projected('--hires')], [true, true], "the base's projection, too");
+  const unguided = [
+    ['--refiner', 'r', '--refiner-guidance-scale', '1'],
+    ['--hires', '--hires-guidance-scale', '1'],
+  ];
+  t.same(
+    unguided.map((argv) => projected(...argv)),
+    [false, false],
+    'where there is guidance',
   );
   const kept = (...argv: string[]) => {
     const [image, mask] = [{}, {}] as Latents[];

@@ -90,11 +90,14 @@ test('a prompt that changes', (t) =>
     { recorded: 2, replays: 1 },
   ));
 
-test('guidance that ends, and with it the rows that it takes', (t) =>
+test('guidance that is projected and ends, and with it the rows that it takes', (t) =>
   records(
     t,
     'text2img',
-    { num_inference_steps: 6, guidance_scale: 5, guidance_stop: 0.5 },
+    {
+      ...{ num_inference_steps: 6, guidance_scale: 5, guidance_stop: 0.5 },
+      adaptive_projected_guidance: { momentum: -0.5, rescale: 1, eta: 0 },
+    },
     { recorded: 2, replays: 2 },
   ));
 
