@@ -150,11 +150,11 @@ export function loadTrained(
   }
 }
 
-type Kind = Pick<TensorEntry, 'shape'> & { dtype: string };
+type TensorKind = Pick<TensorEntry, 'shape'> & { dtype: string };
 
 /** @throws UserError where what a checkpoint has under a name is not what the run wants */
-function requireFit(path: string, name: string, found: Kind | undefined, wanted: Kind): void {
-  const told = ({ dtype, shape }: Kind): string => `${dtype} [${shape}]`;
+function requireFit(path: string, name: string, found: TensorKind | undefined, wanted: TensorKind): void {
+  const told = ({ dtype, shape }: TensorKind): string => `${dtype} [${shape}]`;
   if (found && told(found) === told(wanted)) return;
   throw new UserError(
     `${path} does not fit this run: ${name} is ${found ? told(found) : 'missing'}, not ${told(wanted)}; resume with the run that wrote it`,

@@ -191,8 +191,8 @@ export function addNoise(
     if (target !== noise) target.set(velocity(image(latents), image(noise), abar), i * size);
   }
   if (edm?.sign === -1) target.forEach((v, i) => void (target[i] = -v));
-  const weighted = settings.snr_gamma > 0 || settings.debiased;
-  const weights = weighted ? timesteps.map((t) => lossWeight(settings, alphasCumprod[t])) : undefined;
+  const isWeighted = settings.snr_gamma > 0 || settings.debiased;
+  const weights = isWeighted ? timesteps.map((t) => lossWeight(settings, alphasCumprod[t])) : undefined;
   return { shape, sample, timesteps: edm ? timesteps.map((t) => edm.told[t]) : timesteps, target, weights };
 }
 

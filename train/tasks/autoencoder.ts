@@ -36,7 +36,7 @@ const shown = 8;
 const measured = 256;
 
 /** What a run trains, and on what. */
-interface Trained {
+interface TrainedVae {
   run: Run;
   pictures: Pictures;
   coder: Vae;
@@ -48,7 +48,7 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
   const config = { ...source.config('vae') };
   const coder = vae(parseVaeConfig(config));
   holding('vae', () => source.load('vae', coder.module, device, run.dtype));
-  const trained: Trained = {
+  const trained: TrainedVae = {
     run,
     pictures,
     coder,
@@ -86,21 +86,21 @@ export function autoencoderTask(run: Run, pictures: Pictures, source: ModelSourc
 }
 
 /** The VAE with other weights, to be unloaded. */
-const twinOf = ({ coder, component }: Trained, substitute: Substitute) =>
+const twinOf = ({ coder, component }: TrainedVae, substitute: Substitute) =>
   built(() => {
     const other = vae(coder.config);
     return { other, weights: twin(component, namedParameters(other.module), substitute) };
   });
 
 /** Of `n` pictures of a bucket. */
-function shapesOf({ pictures, coder: { config } }: Trained, bucket: number, n: number) {
+function shapesOf({ pictures, coder: { config } }: TrainedVae, bucket: number, n: number) {
   const [h, w] = pictures.buckets[bucket];
   const ratio = 2 ** (config.block_out_channels.length - 1);
   return { picture: [n, h, w, 3], latent: [n, h / ratio, w / ratio, config.latent_channels] };
 }
 
 /** Pictures, and the noise by which their latents are drawn. */
-function inputsOf(trained: Trained): Pick<Task, 'prepare' | 'blank'> {
+function inputsOf(trained: TrainedVae): Pick<Task, 'prepare' | 'blank'> {
   const { run, pictures } = trained;
   const { dtype } = run;
   return {
@@ -126,7 +126,7 @@ function inputsOf(trained: Trained): Pick<Task, 'prepare' | 'blank'> {
 
 /** What `fn` makes of one picture and the VAE, with other weights where these are given. */
 async function throughVae<R>(
-  trained: Trained,
+  trained: TrainedVae,
   index: number,
   weights: Weights,
   fn: (vae: Vae, x: Tensor) => R,
@@ -145,7 +145,7 @@ async function throughVae<R>(
 const placesOf = ({ samples }: Pictures): number[] => samples.map((_, i) => i);
 
 /** Columns of a picture above what the VAE makes of it. */
-async function beforeAndAfter(trained: Trained, weights: Weights): Promise<Picture[]> {
+async function beforeAndAfter(trained: TrainedVae, weights: Weights): Promise<Picture[]> {
   const columns: Picture[] = [];
   for (const i of spread(placesOf(trained.pictures), shown)) {
     const pair = await throughVae(trained, i, weights, (other, x) =>

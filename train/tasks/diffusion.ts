@@ -1,5 +1,5 @@
 // Training the UNet, alone or with the text encoders, or what is put on it, beside it or into the encoders (trained_parts.ts), from inputs
-// drawn anew for each pass (diffusion_inputs.ts), by the loss of the run's method (diffusion_loss.ts).
+// drawn anew for each pass (diffusion_inputs.ts), by the loss of the run's method (method_loss.ts).
 import type { Device } from '../../engine/device.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { textParts } from '../../models/load_options.ts';
@@ -19,7 +19,7 @@ import { previewsOf } from '../run/preview_prompts.ts';
 import type { Run } from '../run/run.ts';
 import { controlOf } from './control_of.ts';
 import { diffusionInputs } from './diffusion_inputs.ts';
-import { diffusionLoss } from './diffusion_loss.ts';
+import { methodLoss } from './method_loss.ts';
 import { openParts, type Prepared } from './preparation.ts';
 import { checkPreviews, rehearsePreviews, requestsOf, samplePreviews } from './preview.ts';
 import { preparedTexts, textsInPass } from './texts.ts';
@@ -58,7 +58,7 @@ export function diffusionTask(
   const texts = said ? preparedTexts(pipeline, said, networks) : textsInPass(pipeline);
   const method = methods[run.train.method](run, objectiveOf(run.objective, source.config('scheduler')));
   const teacher = teacherFor(run, method, pipeline, networks.net, teacherSource);
-  const { task, dropout, averaged } = diffusionLoss({ run, parts, method, teacher, control, texts });
+  const { task, dropout, averaged } = methodLoss({ run, parts, method, teacher, control, texts });
   return {
     components,
     adapters: added?.adapters,

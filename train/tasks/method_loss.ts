@@ -30,14 +30,14 @@ interface Makers {
   texts: Texts;
 }
 
-interface DiffusionLoss {
+interface MethodLoss {
   task: Pick<Task, 'loss' | 'follow' | 'replicate'>;
   dropout: Dropout;
   /** The model with other weights in what is trained, for releaseTwin() when done; the model itself where there are none. */
   averaged(weights: Weights): Pipeline;
 }
 
-export function diffusionLoss({ run, parts, method, teacher, control, texts }: Makers): DiffusionLoss {
+export function methodLoss({ run, parts, method, teacher, control, texts }: Makers): MethodLoss {
   const { pipeline, networks, added } = parts;
   let averages: Weights;
   const twinOf = (substitute: Substitute) => twinPipeline(run, pipeline, networks, added, substitute);
