@@ -52,7 +52,7 @@ test('bench reports a forward pass', async (t) => {
   t.match(report, { subject: 'unet', preset: 'tiny', width: 64, height: 48, batch: 2, dtype: 'float32' });
   t.ok(report.seconds.median > 0 && report.flops > 0 && report.peak_bytes > 0 && report.parameters > 7e5);
   const total = report.ops.reduce((sum: number, op: { share: number }) => sum + op.share, 0);
-  t.ok(Math.abs(total - 1) < 1e-6, `shares add up to ${total}`);
+  t.ok(Math.abs(total - 1) < 1e-12, `shares add up to ${total}`);
   t.ok(report.ops.some((op: { op: string; calls: number }) => op.op === 'conv2d' && op.calls === 51));
 });
 

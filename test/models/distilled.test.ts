@@ -70,7 +70,7 @@ function holdGradients(t: Test, { unet: name, loss: wanted, noise, gradients }: 
     const said = net(latents('sample'), tensor([7, 803], [2], { device }), conditioning);
     const loss = mse(said, latents('target'));
     const [got] = loss.floats();
-    t.ok(Math.abs(got / wanted - 1) < 1e-5, `${name}: the loss ${got}, diffusers' ${wanted}`);
+    t.ok(Math.abs(got / wanted - 1) < 3e-6, `${name}: the loss ${got}, diffusers' ${wanted}`);
     backward(loss);
   });
   const sums = new Map<string, [square: number, sum: number]>();
@@ -232,7 +232,7 @@ test('files tell by their tensors what they are, whoever lends a config', async 
     await latentsOf(openModel(folders.bare), first, { q8: true }),
     await latentsOf(openModel(folders.bare), first),
   );
-  t.ok(rough > 1e-4 && rough < 0.05, `in 8-bit integers ${rough} off`);
+  t.ok(rough > 1e-4 && rough < 1e-3, `in 8-bit integers ${rough} off`);
 });
 
 test("the published models are told from SDXL's config by their tensors", (t) => {

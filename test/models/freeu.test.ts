@@ -51,7 +51,7 @@ test('the waves are those of the frequencies -1 and 0 of both axes', (t) => {
         const sum = (values: number[]) => values.reduce((a, b) => a + b, 0);
         apart = Math.max(apart, Math.abs(sum(got) - sum(want)));
       }
-    t.ok(apart < 1e-12, `${h}x${w}: ${apart}`);
+    t.ok(apart < 1e-13, `${h}x${w}: ${apart}`);
   }
   t.end();
 });

@@ -28,7 +28,7 @@ test('a scale of 0 leaves every bit as it is', async (t) => {
   t.equal(maxDifference(off, want), 0);
   // Rows that are perturbed change nothing of the others.
   const faded = await latentsOf(pipeline, seeded({ pag_scale: 1e-3, pag_adaptive_scale: 1 }));
-  t.ok(maxDifference(faded, want) < 1e-3, 'nor does one that fades before the first step, but for rounding');
+  t.ok(maxDifference(faded, want) < 1e-5, 'nor does one that fades before the first step, but for rounding');
   const one = await latentsOf(pipeline, seeded({ pag_scale: 3, pag_applied_layers: 'mid' }));
   t.ok(maxDifference(one, want) > 1e-2, 'others do not');
   const caching = { cache_interval: 2, cache_branch_id: 5 };

@@ -228,7 +228,7 @@ test('embeddings are the encoders, and an edited caption costs one entry', async
     const all = [...none.context, ...told.context, ...none.pooled, ...told.pooled];
     const want = [...context.floats(), ...pooled.floats()];
     const off = all.reduce((most, value, i) => Math.max(most, Math.abs(value - want[i])), 0);
-    t.ok(all.length === want.length && off < 1e-5, `off by ${off}`);
+    t.ok(all.length === want.length && off < 1e-6, `off by ${off}`);
     t.ok(
       none.context.every((value) => value === 0),
       'left away: zeros',
