@@ -72,7 +72,7 @@ test('each request is drawn with the LoRAs that it names', async (t) => {
     stop.signal,
   );
   setTimeout(() => stop.abort(), 20);
-  await t.rejects(left);
+  await t.rejects(left, { name: 'AbortError' });
   t.equal(maxDifference(await drawn('a red fox<lora:style:0.5>'), styled), 0, 'after one that was given up');
   writeAdapter(style, { size: 2 });
   const anew = await drawn('a red fox<lora:style:0.5>');

@@ -6,7 +6,6 @@ import { type Test, test } from 'tap';
 import { type Device, openDevice } from '../../engine/device.ts';
 import { type AnyModule, namedParameters, type Parameter, unload } from '../../engine/module.ts';
 import { encodeNumbers } from '../../io/dtype.ts';
-import { UserError } from '../../io/errors.ts';
 import { writeSafetensors } from '../../io/safetensors.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { toStoredLayout } from '../../models/checkpoint/weights.ts';
@@ -17,6 +16,7 @@ import type { LoraTargets } from '../../models/lora/lora_file.ts';
 import { parseTextConfig, textEncoder } from '../../models/text/clip.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
+import { refuses } from '../support/mistake.ts';
 import { devices } from '../support/models_golden.ts';
 
 interface Golden {
@@ -221,15 +221,6 @@ test('other spellings of every kind', (t) => {
   free(models);
   t.end();
 });
-
-function refuses(t: Test, label: string, run: () => unknown, words: RegExp): void {
-  try {
-    run();
-    t.fail(`${label}: nothing was thrown`);
-  } catch (error) {
-    t.ok(error instanceof UserError && words.test(error.message), `${label}: ${(error as Error).message}`);
-  }
-}
 
 test('what is no whole adapter, or of another kind, is refused by name', (t) => {
   const models = loaded(device);

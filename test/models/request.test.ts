@@ -17,9 +17,9 @@ import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { type Asked, complete } from '../../models/request.ts';
 import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
 import { goldenFolder } from '../support/golden.ts';
+import { says } from '../support/mistake.ts';
 
 const sizes = { ratio: 8, sampleSize: 8 };
-const says = (message: RegExp) => ({ name: 'UserError', message });
 /** As JavaScript calls it. */
 const untyped = <T>(value: unknown): T => value as T;
 const numbers = (...shape: number[]) => ({

@@ -12,12 +12,11 @@ import {
 } from '../../models/samplers/config.ts';
 import { createSampler, samplerNames, shortSchedulerNames } from '../../models/samplers/registry.ts';
 import { goldenFolder, goldenLines } from '../support/golden.ts';
+import { says } from '../support/mistake.ts';
 
 const sdxl = parseSchedulerConfig(
   JSON.parse(readFileSync(join(goldenFolder, 'tiny-sdxl', 'scheduler', 'scheduler_config.json'), 'utf8')),
 );
-const says = (message: RegExp) => ({ name: 'UserError', message });
-
 test('values that no scheduler can use', (t) => {
   const short = Array<number>(999).fill(0.5);
   for (const [json, message] of [

@@ -16,7 +16,6 @@ import {
   unload,
 } from '../../engine/module.ts';
 import { encodeNumbers } from '../../io/dtype.ts';
-import { UserError } from '../../io/errors.ts';
 import { type TensorEntry, writeSafetensors } from '../../io/safetensors.ts';
 import { type ModelSource, openModel, openWeights } from '../../models/checkpoint/checkpoint.ts';
 import { loadParameters } from '../../models/checkpoint/weights.ts';
@@ -28,25 +27,10 @@ import { parseTextConfig, textEncoder } from '../../models/text/clip.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { parseVaeConfig, vae } from '../../models/vae/vae.ts';
 import { allClose, goldenFolder, goldenLora, goldenSingleFile } from '../support/golden.ts';
+import { refuses } from '../support/mistake.ts';
 
 const device = openDevice('auto');
 const golden = (name: string): string => join(goldenFolder, name);
-
-interface Assert {
-  ok(value: unknown, message: string): unknown;
-}
-
-function refuses(t: Assert, label: string, run: () => unknown, ...words: readonly RegExp[]): void {
-  let message = 'nothing was thrown';
-  let isUserError = false;
-  try {
-    run();
-  } catch (error) {
-    message = (error as Error).message;
-    isUserError = error instanceof UserError;
-  }
-  t.ok(isUserError && words.every((word) => word.test(message)), `${label}: ${message}`);
-}
 
 test('the presets have the published models’ sizes', (t) => {
   t.equal(parameterCount(unet(sdxlBase)), 2_567_463_684, 'base UNet');

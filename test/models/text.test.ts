@@ -2,10 +2,10 @@
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { UserError } from '../../io/errors.ts';
 import { endsOf, parseTextConfig } from '../../models/text/clip.ts';
 import { loadTokenizer, loadTokenizerFiles, type Tokenizer } from '../../models/text/tokenizer.ts';
 import { goldenArea, goldenFolder } from '../support/golden.ts';
+import { says } from '../support/mistake.ts';
 
 const area = goldenArea('text');
 const tokenizers = {
@@ -116,14 +116,7 @@ test('tokenizer.json, where transformers 5 saved nothing else', async (t) => {
 
 test('files that are missing or do not fit', async (t) => {
   const folder = t.testdir({});
-  const refused = (pattern: RegExp) => {
-    try {
-      loadTokenizer(folder);
-      t.fail(`no error like ${pattern}`);
-    } catch (error) {
-      t.ok(error instanceof UserError && pattern.test(error.message), String(error));
-    }
-  };
+  const refused = (pattern: RegExp) => t.throws(() => loadTokenizer(folder), says(pattern));
   refused(/has no vocab\.json; the model is incomplete/);
   writeFileSync(join(folder, 'vocab.json'), '[]');
   refused(/vocab\.json does not hold a JSON object/);

@@ -3,11 +3,11 @@
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { UserError } from '../../io/errors.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import { readPrompt } from '../../models/text/emphasis.ts';
 import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
 import { type Assert, allClose, goldenLines } from '../support/golden.ts';
+import { says } from '../support/mistake.ts';
 import { devices } from '../support/models_golden.ts';
 import { nonEmpty } from '../support/non_empty.ts';
 import { embed, embeddings, open, vectors, write } from '../support/textual_inversions.ts';
@@ -113,14 +113,8 @@ test('names, in capitals, weighted, and cut off', (t) => {
   t.same(sizes('long a', 'ignore'), [75, 6], 'more than a chunk has: no empty one before it');
   t.same(sizes('a long', 'ignore'), [1, 75, 5]);
 
-  const refused = (path: string, token: string | undefined, message: RegExp) => {
-    try {
-      loadTextualInversion(pipeline, path, token);
-      t.fail(`no error like ${message}`);
-    } catch (error) {
-      t.ok(error instanceof UserError && message.test(error.message), String(error));
-    }
-  };
+  const refused = (path: string, token: string | undefined, message: RegExp) =>
+    t.throws(() => loadTextualInversion(pipeline, path, token), says(message));
   refused(toy, 'mytoy', /has a token "mytoy" already; call the embedding otherwise, as FILE:TOKEN/);
   refused(toy, 'the</w>', /has a token "the<\/w>" already/);
   refused(style, 'mytoy_1', /has a token "mytoy_1" already/);
@@ -134,14 +128,8 @@ test('files that are no textual inversion for the model', (t) => {
   const folder = t.testdir({ empty: {}, 'old.pt': 'PK' });
   const at = (name: string) => join(folder, name);
   const [l, g] = [vectors(2, 32, 1), vectors(2, 48, 1)];
-  const refused = (path: string, message: RegExp, token?: string) => {
-    try {
-      loadTextualInversion(pipeline, path, token);
-      t.fail(`no error like ${message}`);
-    } catch (error) {
-      t.ok(error instanceof UserError && message.test(error.message), String(error));
-    }
-  };
+  const refused = (path: string, message: RegExp, token?: string) =>
+    t.throws(() => loadTextualInversion(pipeline, path, token), says(message));
   refused(at('old.pt'), /old\.pt is a pickle.*convert it to \.safetensors with the keys clip_l and clip_g/);
   refused(at('absent.safetensors'), /absent\.safetensors does not exist/);
   refused(

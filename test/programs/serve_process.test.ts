@@ -39,7 +39,7 @@ test('a picture is watched, stopped, and left by who is gone', async (t) => {
   const left = server.post('/v1/images/generations', { ...fox, n: 16 }, leaving.signal);
   await until(({ state }) => state.sampling_step > 0);
   leaving.abort();
-  await t.rejects(left);
+  await t.rejects(left, { name: 'AbortError' });
   await until(({ state }) => state.job === '');
 
   const events = await fetch(`${server.url}/v1/images/generations`, {

@@ -20,6 +20,7 @@ import { rewindPreviews, writePreviews } from '../../train/log/preview_files.ts'
 import { crc32c, openEventFile } from '../../train/log/tensorboard.ts';
 import type { RunInput } from '../../train/run/run.ts';
 import { filesOpen } from '../support/io_helpers.ts';
+import { says } from '../support/mistake.ts';
 import { basic, run } from '../support/small_runs.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-files-'));
@@ -217,7 +218,6 @@ test("a checkpoint's tensors are taken where they fit", (t) => {
     });
   t.same(load('exp_avg.w', [2, 2]), [1, 2, 3, 4]);
   const before = filesOpen();
-  const says = (message: RegExp) => ({ name: 'UserError', message });
   t.throws(
     () => load('exp_avg.w', [4]),
     says(/exp_avg\.w is float32 \[2,2\], not float32 \[4\]; resume with/),

@@ -133,7 +133,7 @@ test('previews and passes that find no memory cost no update', async (t) => {
         throw new MemoryError('out of memory: tensors at work');
       };
     };
-    await t.rejects(run(hurt, { meanwhile }), { name: 'MemoryError' }, name);
+    await t.rejects(run(hurt, { meanwhile }), { name: 'MemoryError', message: /tensors at work/ }, name);
     device.execute = execute;
     const [saved] = listCheckpoints(hurt.output as string);
     t.match(saved, /step-00000003$/, 'updates until then are saved');
