@@ -38,7 +38,7 @@ test('bfloat16 weights: masters go the way of float32, without them weights are 
     'p0.p0 bfloat16 12', // which the master begins with
   ]);
   const last = ({ d }: { d: number[] }) => d[d.length - 1];
-  t.ok(Math.abs(last(mastered) / last(want) - 1) < 0.02, `d ${last(mastered)}, in float32 ${last(want)}`);
+  t.ok(Math.abs(last(mastered) / last(want) - 1) < 1e-3, `d ${last(mastered)}, in float32 ${last(want)}`);
   allClose(t, 'weights', mastered.weights, want.weights, { atol: 0.02, rtol: 0 });
   const rounded = trained(cpu, { steps: 30, dtype: 'bfloat16', options: { stochastic_rounding: true } });
   t.notOk(rounded.state.some((name) => name.startsWith('master.')));
@@ -94,7 +94,7 @@ test('a run tells d times lr, and goes on bit for bit', async (t) => {
   t.equal(told.length, 3);
   t.equal(told[0], 0, 'the first update has the rate 0 of a warm-up');
   t.equal(told[1], Math.fround(1e-4), 'then d0');
-  t.ok(told[2] >= 0.4 * told[1] && told[2] < 1, `${told[2]}`);
+  t.ok(told[2] >= 0.4 * told[1] && told[2] < 10 * told[1], `${told[2]}`);
   t.same(
     of('prodigy-resumed').map((entry) => entry['d*lr']),
     told.slice(1),

@@ -71,7 +71,7 @@ test('the validation loss is the mean over its samples, in batches of a size', a
   const pictures = { samples, bucketOf: [0, 0, 0, 1, 0, 1] };
   const loss = await validationLoss({ ...session, run, pictures } as unknown as Session);
   // The weight is 0, so that the loss of sample i is i squared.
-  t.ok(Math.abs(loss - (0 + 1 + 9 + 16 + 25) / 5) < 1e-5, `${loss}`);
+  t.ok(Math.abs(loss - (0 + 1 + 9 + 16 + 25) / 5) < 1e-6, `${loss}`);
   t.same(
     events.filter((event) => event !== 'queue'),
     ['prepare 0,1', 'prepare 4', 'prepare 3,5'],
