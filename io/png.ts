@@ -113,19 +113,22 @@ export function pngText(file: Buffer, name: string): Record<string, string> {
   if (file.subarray(0, 8).toString('latin1') !== '\x89PNG\r\n\x1a\n')
     throw new UserError(`${name} is not a PNG file; give one that carries its settings`);
   const text: Record<string, string> = Object.create(null);
+  let texts = 0;
   for (let at = 8; at + 12 <= file.length; ) {
     const length = file.readUInt32BE(at);
     const type = file.toString('latin1', at + 4, at + 8);
     const data = file.subarray(at + 8, at + 8 + length);
-    const entry = data.length === length ? textOf(type, data) : undefined;
+    const entry = data.length === length && texts < mostTexts ? textOf(type, data) : undefined;
+    if (/^(tEXt|zTXt|iTXt)$/.test(type)) texts++;
     if (entry) text[entry[0]] = entry[1];
     at += 12 + length;
   }
   return text;
 }
 
-/** A settings text is short: what unpacks to more than this is an attack or a mistake. */
+/** A settings text is short, and there are few: what unpacks to more than this, and what follows so many, is an attack or a mistake. */
 const longestText = 1 << 20;
+const mostTexts = 100;
 
 function textOf(type: string, data: Buffer): [keyword: string, value: string] | undefined {
   const end = data.indexOf(0);
