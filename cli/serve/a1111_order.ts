@@ -20,6 +20,7 @@ import {
   prompt,
   readFields,
   said,
+  spelled,
   text,
   unheeded,
 } from './fields.ts';
@@ -28,7 +29,10 @@ import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
 
 const sideOf =
   (option: 'width' | 'height' | 'seedResizeFromW' | 'seedResizeFromH'): Field =>
-  (value, key) => ({ ...numeric(option, { max: mostSide })(value, key), [option]: side(key)(String(value)) });
+  (value, key) => ({
+    ...numeric(option, { max: mostSide })(value, key),
+    [option]: side(key)(spelled(value)),
+  });
 
 const seedNumber = (option: 'seed' | 'subseed'): Field =>
   numeric(option, { min: -1, max: 2 ** 53 - 1, whole: true });
@@ -146,7 +150,8 @@ function countOf(body: Body): Settings {
 
 /** A variation, where there is one: clients send a subseed without a strength, and 0 or -1 for no size. */
 function variationOf(body: Body): Settings {
-  const given = (key: string) => ([0, -1].includes(Number(body[key])) ? undefined : (body[key] ?? undefined));
+  const given = (key: string) =>
+    [0, -1].includes(Number(spelled(body[key]))) ? undefined : (body[key] ?? undefined);
   const [width, height] = ['seed_resize_from_w', 'seed_resize_from_h'].map(given);
   const [w, h] = [sideOf('seedResizeFromW'), sideOf('seedResizeFromH')];
   const subseed = seedNumber('subseed')(body.subseed ?? -1, 'subseed');
@@ -272,7 +277,7 @@ export function checkOverrides(value: unknown, served: Served): void {
 /** @throws UserError for what A1111 would take out of a prompt, and nobody takes here */
 function checkTags(body: Body, { loraModelDir }: Served): void {
   const tagsOf = (key: string): string[] =>
-    String(body[key] ?? '').match(/<(lora|lyco|hypernet):[^<>]+>/g) ?? [];
+    (said(body, key) ?? '').match(/<(lora|lyco|hypernet):[^<>]+>/g) ?? [];
   const tag = tagsOf('prompt').find((each) => loraModelDir === undefined || each.startsWith('<hypernet:'));
   if (tag !== undefined)
     throw new UserError(

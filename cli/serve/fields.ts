@@ -38,11 +38,13 @@ export const labelled = <T extends string>(key: string, value: string, labels: r
 
 type Bounds = Parameters<typeof number>[1];
 
+/** A number or a text as a text; anything else as JSON, as which errors show it: not every object has another. */
+export const spelled = (value: unknown): string =>
+  typeof value === 'number' || typeof value === 'string' ? `${value}` : JSON.stringify(value);
+
 /** A number, or a text that is one. @throws UserError */
-export function numberOf(value: unknown, key: string, bounds?: Bounds): number {
-  const isOne = typeof value === 'number' || typeof value === 'string';
-  return number(key, bounds)(isOne ? String(value) : JSON.stringify(value));
-}
+export const numberOf = (value: unknown, key: string, bounds?: Bounds): number =>
+  number(key, bounds)(spelled(value));
 
 /** Python's clients have numbers for it, too. @throws UserError, also for a text: "false" would hold */
 export function booleanOf(value: unknown, key: string): boolean {

@@ -128,10 +128,14 @@ async function bytesOf(request: IncomingMessage): Promise<Buffer> {
   if (Number(request.headers['content-length'] ?? 0) > MOST_BYTES) throw tooMuch;
   const parts: Buffer[] = [];
   let size = 0;
-  for await (const part of request) {
-    size += part.length;
-    if (size > MOST_BYTES) throw tooMuch;
-    parts.push(part);
+  try {
+    for await (const part of request) {
+      size += part.length;
+      if (size > MOST_BYTES) throw tooMuch;
+      parts.push(part);
+    }
+  } catch (error) {
+    throw error === tooMuch ? tooMuch : new Refusal(400, 'the connection ended before the body did');
   }
   return Buffer.concat(parts);
 }

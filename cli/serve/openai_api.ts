@@ -4,15 +4,17 @@
 import { UserError } from '../../io/errors.ts';
 import { decodeAlpha } from '../../io/image.ts';
 import { encodePng } from '../../io/png.ts';
-import { number, oneOf, side } from '../option_values.ts';
+import { oneOf, side } from '../option_values.ts';
 import {
   type Body,
   base64,
   type Field,
+  numberOf,
   numeric,
   only,
   prompt,
   readFields,
+  spelled,
   text,
   unheeded,
 } from './fields.ts';
@@ -23,7 +25,7 @@ import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
 
 const size: Field = (value, key) => {
   if (value === 'auto') return {};
-  const [, width, height] = /^(\d+)x(\d+)$/.exec(String(value)) ?? [];
+  const [, width, height] = /^(\d+)x(\d+)$/.exec(spelled(value)) ?? [];
   if (width === undefined)
     throw new UserError(`${key} takes WIDTHxHEIGHT such as 1024x1024, or auto, not ${JSON.stringify(value)}`);
   const read = (pixels: string): number => {
@@ -71,11 +73,11 @@ export const mostPartials = 20;
 
 /** How the pictures are handed over. */
 function answerOf(body: Body) {
-  const usual = /^dall-e/.test(String(body.model)) ? 'url' : 'b64_json'; // as OpenAI has it
-  const kind = oneOf('response_format', ['b64_json', 'url'])(String(body.response_format ?? usual));
-  const format = oneOf('output_format', formats)(String(body.output_format ?? 'png'));
+  const usual = /^dall-e/.test(spelled(body.model ?? '')) ? 'url' : 'b64_json'; // as OpenAI has it
+  const kind = oneOf('response_format', ['b64_json', 'url'])(spelled(body.response_format ?? usual));
+  const format = oneOf('output_format', formats)(spelled(body.output_format ?? 'png'));
   const whole = (key: string, usual: number, max: number): number =>
-    number(key, { min: 0, max, whole: true })(String(body[key] ?? usual));
+    numberOf(body[key] ?? usual, key, { min: 0, max, whole: true });
   return {
     format,
     isUrl: kind === 'url',

@@ -210,6 +210,7 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
       return png.toString('base64');
     }),
   );
+  const hostile = { toString: 1 }; // no text can be made of it
   const cases: [string, Record<string, unknown>, RegExp][] = [
     ['/v1/images/generations', {}, /prompt is not there/],
     ['/v1/images/generations', { prompt: 3 }, /prompt takes a text, not 3/],
@@ -321,6 +322,14 @@ test('a request that cannot be drawn is told why, in one sentence', async (t) =>
       '/sdapi/v1/txt2img',
       { prompt: 'x', scheduler: 'karras' },
       /scheduler "Karras" .* give its sampler_name/,
+    ],
+    ['/v1/images/generations', { prompt: 'x', size: hostile }, /size takes WIDTHxHEIGHT .* not \{/],
+    ['/v1/images/generations', { prompt: 'x', output_format: hostile }, /output_format takes png/],
+    ['/sdapi/v1/txt2img', { prompt: 'x', enable_hr: true, hr_prompt: hostile }, /hr_prompt takes a text/],
+    [
+      '/sdapi/v1/txt2img',
+      { prompt: 'x', seed_resize_from_w: hostile, seed_resize_from_h: 64 },
+      /seed_resize_from_w takes a number/,
     ],
     ['/sdapi/v1/options', { sd_model_checkpoint: 'other' }, /tiny-sdxl alone/],
     ['/sdapi/v1/png-info', { image: 'AAAA' }, /not a PNG/],
