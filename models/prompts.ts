@@ -29,7 +29,7 @@ export interface Texts {
 /** Prompts as they may be written. */
 export type AskedPrompts = Texts & Omit<Prompts, keyof Texts>;
 
-/** The same with a list for each text. @throws UserError where there is no prompt */
+/** The same with a list for each text; a second one that is empty is as none, as in diffusers. @throws UserError where there is no prompt */
 export function listed<A extends AskedPrompts>(asked: A): Omit<A, keyof Texts> & Prompts {
   const prompt = typeof asked.prompt === 'string' ? [asked.prompt] : asked.prompt;
   const count = promptCount({ prompt, prompt_embeds: asked.prompt_embeds });
@@ -38,9 +38,9 @@ export function listed<A extends AskedPrompts>(asked: A): Omit<A, keyof Texts> &
   return {
     ...asked,
     prompt,
-    prompt_2: each(asked.prompt_2),
+    prompt_2: each(asked.prompt_2 || undefined),
     negative_prompt: each(asked.negative_prompt),
-    negative_prompt_2: each(asked.negative_prompt_2),
+    negative_prompt_2: each(asked.negative_prompt_2 || undefined),
   };
 }
 

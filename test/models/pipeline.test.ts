@@ -318,7 +318,7 @@ test("what a request leaves out is diffusers' default", (t) => {
   });
   const both = complete(
     { ratio: 8, sampleSize: 8 },
-    { prompt: ['a fox', 'a hen'], negative_prompt: '', prompt_2: ['x', 'y'] },
+    { prompt: ['a fox', 'a hen'], negative_prompt: '', prompt_2: ['x', 'y'], negative_prompt_2: '' },
   );
   t.match(both, { negative_prompt: ['', ''], prompt_2: ['x', 'y'], negative_prompt_2: undefined });
   t.end();
