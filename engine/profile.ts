@@ -4,6 +4,7 @@ import { eagerStep } from './capture.ts';
 import type { CudaDriver } from './cuda/device.ts';
 import { anyHopper, type StandInGpu, standInApi } from './cuda/stand_in.ts';
 import { cudaDevice, type Device, type Direction } from './device.ts';
+import type { Block } from './driver.ts';
 import { MemoryPool } from './memory.ts';
 import type { AnyRecord, Tensors } from './op.ts';
 
@@ -44,7 +45,7 @@ export function standInDevice(): Device {
     allocate: (bytes: number) => ({ bytes, address: 0n }),
     free() {},
     upload() {},
-    download() {},
+    download: (_block: Block, _offset: number, target: Uint8Array) => void target.fill(0),
     clear() {},
     launch() {},
   };

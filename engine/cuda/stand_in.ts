@@ -1,5 +1,6 @@
-// A GPU driver without a GPU: it counts memory, refuses what no GPU of this kind launches, and forgets all else. The cuda device
-// on it makes every plan, takes every workspace and packs every launch, so that a run tells what it would take there.
+// A GPU driver without a GPU: it counts memory, refuses what no GPU of this kind launches, and forgets all else, so that all that is read
+// of it is zeros. The cuda device on it makes every plan, takes every workspace and packs every launch, so that a run tells what it would
+// take there.
 import { DeviceAttribute, type GpuApi } from './api.ts';
 import { CudaError } from './errors.ts';
 import { checkIm2col, checkTiled } from './tensor_map.ts';
@@ -105,7 +106,7 @@ function memoryCalls({ bytes }: StandInGpu, handle: () => bigint) {
     },
     cuMemFreeHost: nothing,
     cuMemcpyHtoDAsync: nothing,
-    cuMemcpyDtoHAsync: nothing,
+    cuMemcpyDtoHAsync: (target) => void target.fill(0),
     cuMemcpyDtoDAsync: nothing,
     cuMemcpyPeerAsync: nothing,
     cuMemsetD8Async: nothing,

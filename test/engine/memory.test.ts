@@ -3,6 +3,7 @@
 import { test } from 'tap';
 import type { Block, Driver } from '../../engine/driver.ts';
 import { holding, MemoryPool } from '../../engine/memory.ts';
+import { standInCuda, standInDevice } from '../../engine/profile.ts';
 
 /** A driver of so many bytes, and the blocks that it has handed out. Addresses rise. */
 function open(capacity = 2 ** 30) {
@@ -159,5 +160,16 @@ test('where memory runs out a reserve that nobody reads loses its blocks', (t) =
   t.throws(() => record('d', 5), /out of memory/);
   const blocks = Array.from({ length: 4 }, () => pool.take(KIB));
   t.notOk(blocks.some(pool.isReserved), 'what a recording did not get whole is free again');
+  t.end();
+});
+
+test('what is read of a device that holds no numbers is zeros', (t) => {
+  for (const { memory, driver } of [standInDevice(), standInCuda()]) {
+    const block = memory.take(8);
+    const read = new Uint8Array(8).fill(255);
+    driver.download(block, 0, read);
+    t.same(read, new Uint8Array(8));
+    memory.give(block);
+  }
   t.end();
 });
