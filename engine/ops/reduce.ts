@@ -27,9 +27,9 @@ const sumOp = defineOp<{ axis: number }>({
   outputs: (t, { axis }) => ({
     y: { shape: t.x.shape.filter((_, i) => i !== axis), dtype: sameFloat('sum', t, 'x') },
   }),
-  saves: ['x'],
+  saves: [],
   forward: (t, { axis }, launch) => launch('sum_forward', [t.y, t.x, ...around(t.x.shape, axis)]),
-  backward: (t, { axis }, launch) => launch('broadcast_forward', [t.dx, t.dy, ...around(t.x.shape, axis)]),
+  backward: (t, { axis }, launch) => launch('broadcast_forward', [t.dx, t.dy, ...around(t.dx.shape, axis)]),
   reference: {
     forward({ y, x }, { axis }) {
       const [outer, n, inner] = around(x.shape, axis);
@@ -40,7 +40,7 @@ const sumOp = defineOp<{ axis: number }>({
           y.data[o * inner + i] = total;
         }
     },
-    backward: ({ dx, dy, x }, { axis }) => repeat(dx.data, dy.data, ...around(x.shape, axis)),
+    backward: ({ dx, dy }, { axis }) => repeat(dx.data, dy.data, ...around(dx.shape, axis)),
   },
   samples: [
     { inputs: { x: [5] }, attrs: { axis: 0 } },
