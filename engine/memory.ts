@@ -15,6 +15,9 @@ export class MemoryError extends UserError {
   override readonly name = 'MemoryError';
 }
 
+/** What takes less of it, as errors end that say it is out. */
+export const memoryMend = 'use a smaller size, fewer images or a half-precision --dtype';
+
 const AT_WORK = 'tensors at work';
 let owner = AT_WORK;
 
@@ -277,7 +280,7 @@ export class MemoryPool {
     const room = this.#driver.room?.();
     const left = room ? `; ${readable(room.free)} of the device's ${readable(room.total)} are free` : '';
     const where = this.#driver.label ? ` on ${this.#driver.label}` : '';
-    return `out of memory${where}: ${readable(size)} wanted while these hold it: ${told}${left}; use a smaller size, fewer images or a half-precision --dtype`;
+    return `out of memory${where}: ${readable(size)} wanted while these hold it: ${told}${left}; ${memoryMend}`;
   }
 }
 

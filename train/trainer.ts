@@ -3,7 +3,7 @@
 import { join } from 'node:path';
 import { CudaError } from '../engine/cuda/errors.ts';
 import type { Device } from '../engine/device.ts';
-import { MemoryError } from '../engine/memory.ts';
+import { MemoryError, memoryMend } from '../engine/memory.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type Position, removeLater, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
@@ -44,10 +44,27 @@ interface Standing {
   moving: boolean;
 }
 
+/** In place of a picture's mend: a run has keys for it, not flags, and more of them. */
+const ownMend = '`sdxl plan` with --vram tells what to set';
+
 /**
  * Trains on `devices` until the plan is done or `stop.asked`, from the checkpoint where there is one. @throws UserError
  */
 export async function train(
+  materials: Materials,
+  devices: readonly Device[],
+  report: Report,
+  stop: Stop,
+): Promise<Outcome> {
+  try {
+    return await prepareAndTrain(materials, devices, report, stop);
+  } catch (error) {
+    if (error instanceof UserError) error.message = error.message.replace(memoryMend, ownMend);
+    throw error;
+  }
+}
+
+async function prepareAndTrain(
   materials: Materials,
   [device, ...further]: readonly Device[],
   report: Report,

@@ -1,6 +1,7 @@
 // The driver's result codes by their CUDA names, and the error that every failed call becomes: the call, the name, and
 // what the user can do about it.
 import { UserError } from '../../io/errors.ts';
+import { memoryMend } from '../memory.ts';
 
 /** CUresult: the codes that the calls of api.ts can return. */
 export const cudaResults = {
@@ -48,7 +49,7 @@ const report = 'run again, and if it comes back report it with the output of `sd
 const reinstall = 'the kernels of this package are damaged or of another version; install it again';
 
 const mends: Partial<Record<CudaResult, string>> = {
-  CUDA_ERROR_OUT_OF_MEMORY: 'use a smaller size, fewer images or a half-precision --dtype',
+  CUDA_ERROR_OUT_OF_MEMORY: memoryMend,
   CUDA_ERROR_NO_DEVICE: 'no NVIDIA GPU is visible to the driver; use --device cpu',
   CUDA_ERROR_INVALID_DEVICE: 'there is no GPU of that number; see `sdxl doctor`',
   CUDA_ERROR_UNSUPPORTED_PTX_VERSION: 'the NVIDIA driver is too old for these kernels; install r535 or later',

@@ -3,7 +3,7 @@
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { MemoryError } from '../../engine/memory.ts';
+import { MemoryError, memoryMend } from '../../engine/memory.ts';
 import { writePng } from '../../io/image.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { openMaterials } from '../../train/materials.ts';
@@ -130,10 +130,11 @@ test('previews and passes that find no memory cost no update', async (t) => {
     const meanwhile = (label: string, done: number) => {
       if (label !== 'training' || done !== 3) return;
       device.execute = () => {
-        throw new MemoryError('out of memory: tensors at work');
+        throw new MemoryError(`out of memory: tensors at work 9 GiB; ${memoryMend}`);
       };
     };
-    await t.rejects(run(hurt, { meanwhile }), { name: 'MemoryError', message: /tensors at work/ }, name);
+    const message = 'out of memory: tensors at work 9 GiB; `sdxl plan` with --vram tells what to set';
+    await t.rejects(run(hurt, { meanwhile }), { name: 'MemoryError', message }, name);
     device.execute = execute;
     const [saved] = listCheckpoints(hurt.output as string);
     t.match(saved, /step-00000003$/, 'updates until then are saved');
