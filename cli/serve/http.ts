@@ -141,8 +141,10 @@ async function bytesOf(request: IncomingMessage): Promise<Buffer> {
 }
 
 async function jsonOf(request: IncomingMessage): Promise<Record<string, unknown>> {
-  // A page's form cannot send this type without asking first (CORS).
-  if (!/^application\/json\b/i.test(request.headers['content-type'] ?? ''))
+  const { 'content-type': type, origin, 'sec-fetch-site': site } = request.headers;
+  // A page's form cannot send this type without asking first (CORS). A program, such as Dify, may send none; a page says that it is one.
+  const isProgram = origin === undefined && site === undefined;
+  if (!/^application\/json\b/i.test(type ?? (isProgram ? 'application/json' : '')))
     throw new Refusal(415, 'send JSON, with Content-Type: application/json');
   let value: unknown;
   try {

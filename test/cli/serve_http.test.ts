@@ -141,7 +141,8 @@ test('a body that is not what was asked for is told of', async (t) => {
     [404, /there is no \/\/json here/, '//json', {}],
     [405, /\/json takes POST/, '/json', {}],
     [415, /send JSON/, '/json', { method: 'POST', body: '{}', headers: { 'Content-Type': 'text/plain' } }],
-    [415, /send JSON/, '/json', { method: 'POST' }],
+    [415, /send JSON/, '/json', { method: 'POST', body: Buffer.from('{}'), headers: { Origin: url } }],
+    [400, /no JSON: /, '/json', { method: 'POST' }],
     [400, /no JSON: /, '/json', { method: 'POST', body: '{"a":', headers: json }],
     [400, /no JSON object/, '/json', { method: 'POST', body: '[1]', headers: json }],
     [400, /no JSON object/, '/json', { method: 'POST', body: 'null', headers: json }],
@@ -166,6 +167,8 @@ test('a body that is not what was asked for is told of', async (t) => {
     request(url, { path: 'http://[' }, ({ statusCode }) => resolve(statusCode)).end();
   });
   t.equal(target, 400, 'a target that no client sends');
+  const typeless = await fetch(`${url}/json`, { method: 'POST', body: Buffer.from('{"a": 1}') });
+  t.same(await typeless.json(), { a: 1 }, 'as Dify sends it');
   const form = new FormData();
   form.set('prompt', 'a fox');
   t.same(await (await fetch(`${url}/form`, { method: 'POST', body: form })).json(), ['prompt']);
