@@ -68,7 +68,7 @@ async function prepare(command: Command, terminal: Terminal) {
   const inputs = await readInputs(options);
   const sources = await locateSources(options, terminal);
   const call = planCall(options, sources, inputs, prompts);
-  refuseEta(call.sampler.name, isTyped);
+  refuseEta(call.sampler, isTyped);
   return { options, album, sources, call };
 }
 

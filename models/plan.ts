@@ -74,5 +74,6 @@ function planOptions(request: Request, begun: boolean) {
     sigmas: request.sigmas,
     // Diffusers' pipelines hand every sampler that takes eta a 0, and so overrule TCD's own default of 0.3.
     eta: request.eta ?? 0,
+    etaAncestral: request.eta_ancestral,
   };
 }

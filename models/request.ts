@@ -43,6 +43,8 @@ export interface Request
   sigmas?: readonly number[];
   /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
   eta?: number;
+  /** How much noise Euler a, DPM2 a, DPM++ SDE and 2M SDE put into each step, 0 (none) to 1; 1 where absent. A1111's name for it. */
+  eta_ancestral?: number;
   /** Replaces the checkpoint's scheduler or parts of its config. */
   scheduler?: { name?: string; config?: Partial<SchedulerConfig> };
   /** The part of the way, 0 to 1, after which a refiner takes over. */
@@ -165,6 +167,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   timesteps: listOf('numbers', isNumber),
   sigmas: listOf('numbers', isNumber),
   eta: anyNumber,
+  eta_ancestral: anyNumber,
   guidance_scale: finite,
   guidance_rescale: part,
   adaptive_projected_guidance: [

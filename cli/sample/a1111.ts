@@ -2,7 +2,12 @@
 // `Negative prompt: `, then a line of `Name: value` fields. What is read here is in the words of our own flags.
 import { basename } from 'node:path';
 import type { Request } from '../../models/request.ts';
-import { layoutOptions, type SigmaSchedule, sigmaSchedules } from '../../models/samplers/config.ts';
+import {
+  layoutOptions,
+  type SigmaSchedule,
+  sigmaSchedules,
+  takesEtaAncestral,
+} from '../../models/samplers/config.ts';
 import { isSamplerName, plainSpelling } from '../../models/samplers/registry.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
 import { version } from '../about.ts';
@@ -84,6 +89,7 @@ export function writeParameters(
     `Seed: ${seed}`,
     `Size: ${width}x${height}`,
     ...variationFields(options),
+    ...etaFields(options, sampler),
     ...(image && strength !== undefined ? [`Denoising strength: ${strength}`] : []),
     ...maskFields(options),
     ...hiresFields(options),
@@ -102,6 +108,14 @@ function variationFields(options: SampleOptions): string[] {
     ...(subseed === undefined ? [] : [`Variation seed: ${subseed}`]),
     ...(subseedStrength ? [`Variation seed strength: ${subseedStrength}`] : []),
     ...(w === undefined || h === undefined ? [] : [`Seed resize from: ${w}x${h}`]),
+  ];
+}
+
+/** As it has them: where they say something. */
+function etaFields({ eta = 0, etaAncestral = 1 }: SampleOptions, { name, config }: Sampler): string[] {
+  return [
+    ...(eta !== 0 && name === 'DDIMScheduler' ? [`Eta DDIM: ${eta}`] : []),
+    ...(etaAncestral !== 1 && takesEtaAncestral(name, config) ? [`Eta: ${etaAncestral}`] : []),
   ];
 }
 
@@ -243,7 +257,8 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
   const strength = field('Variation seed strength');
   // In its negative prompt they are words; out of the other it takes them, and the file's fields have their hashes.
   const untaken = tagsUntaken(keepsLoras);
-  const ours = /^sdxl /.test(field('Version') ?? '');
+  const [program = ''] = (field('Version') ?? '').split(' ');
+  const ours = program === 'sdxl';
   const hires = hiresOf(field, ours);
   const { unheeded, ...scheduler } = schedulerOf(field('Sampler'), field('Schedule type'), ours);
   return {
@@ -256,6 +271,9 @@ export function readParameters(text: string, keepsLoras = false): Parameters {
       seed: field('Seed'),
       subseed: strength && field('Variation seed'),
       subseedStrength: strength,
+      eta: field('Eta DDIM'),
+      // stable-diffusion.cpp writes one of 0 for all, which long was DDIM's alone.
+      etaAncestral: program === 'stable-diffusion.cpp' ? undefined : field('Eta'),
       ...{ seedResizeFromW, seedResizeFromH },
       emphasis: (field('Emphasis') ?? 'Original').toLowerCase().replace(' ', '-'),
       rng: /^cpu/i.test(field('RNG') ?? '') ? 'cpu' : 'cuda',

@@ -246,7 +246,12 @@ const cachingOptions = (command: Command): Command =>
       'how many more layers run in the others, 0 to 8: slower, and nearer to the picture without (default: 0)',
       number('--cache-branch-id', { min: 0, whole: true }),
     )
-    .option('--eta <F>', 'noise of DDIM, or gamma of TCD, 0 to 1 (default: 0)', fraction('--eta'));
+    .option('--eta <F>', 'noise of DDIM, or gamma of TCD, 0 to 1 (default: 0)', fraction('--eta'))
+    .option(
+      '--eta-ancestral <F>',
+      'how much noise euler_a, dpm2_a, dpm++sde and dpm++2m_sde put into each step, 0 to 1, as A1111\'s "Eta for k-diffusion samplers" (default: 1)',
+      fraction('--eta-ancestral'),
+    );
 
 const microConditioningOptions = (command: Command): Command =>
   command

@@ -1,8 +1,9 @@
 // Flags of `sdxl sample` that were typed and would do nothing, or half of what is wanted: refused, where a picture's own settings
 // (--from) and what clients send to `sdxl serve` are passed over, as these say all that they have.
 import { UserError } from '../../io/errors.ts';
-import { type SchedulerClass, takesEta } from '../../models/samplers/config.ts';
+import { takesEta, takesEtaAncestral } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
+import type { Sampler } from '../../models/samplers/sampler.ts';
 import { isFolderOrId } from '../model.ts';
 import type { SampleOptions } from './options.ts';
 
@@ -23,7 +24,7 @@ export function checkIdle(options: SampleOptions, isTyped: IsTyped): string[] {
     throw new UserError(
       `--configs ${configs} is for a model that is a single file, and a folder has its own; leave it out`,
     );
-  if (scheduler) refuseEta(createSampler(scheduler).name, isTyped);
+  if (scheduler) refuseEta(createSampler(scheduler), isTyped);
   return isTyped('subseed') && subseedStrength === 0
     ? ['--subseed does nothing at --subseed-strength 0; give more, up to 1, such as 0.2']
     : [];
@@ -38,9 +39,13 @@ export function refuseHalfDone({ denoisingEnd = 1, refiner }: SampleOptions): vo
 }
 
 /** The same of the scheduler that runs, which may be the model's. @throws UserError */
-export function refuseEta(scheduler: SchedulerClass, isTyped: IsTyped): void {
-  if (isTyped('eta') && !takesEta(scheduler))
-    throw new UserError(`--eta: ${scheduler} takes none; leave it out, or use --scheduler ddim or tcd`);
+export function refuseEta({ name, config }: Pick<Sampler, 'name' | 'config'>, isTyped: IsTyped): void {
+  if (isTyped('eta') && !takesEta(name))
+    throw new UserError(`--eta: ${name} takes none; leave it out, or use --scheduler ddim or tcd`);
+  if (isTyped('etaAncestral') && !takesEtaAncestral(name, config))
+    throw new UserError(
+      `--eta-ancestral: ${name} puts no noise into its steps; leave it out, or use --scheduler euler_a or another of those that do`,
+    );
 }
 
 const weight = /\([^()[\]]*:\s*[+-]?[.\d]+\s*\)/;

@@ -55,6 +55,7 @@ export interface SampleOptions
   karras?: boolean;
   timestepSpacing?: SchedulerConfig['timestep_spacing'];
   eta?: number;
+  etaAncestral?: number;
   seed?: number;
   subseed?: number;
   subseedStrength?: number;

@@ -172,6 +172,7 @@ function sharedRequest(
     cache_branch_id: options.cacheBranchId,
     num_images_per_prompt: options.numImages,
     eta: options.eta,
+    eta_ancestral: options.etaAncestral,
     scheduler: { name: options.scheduler, config },
     image: image && preprocess(image, width, height),
     mask: mask && preprocessMask(mask, width, height),

@@ -278,6 +278,16 @@ export const takesSchedule = (name: SchedulerClass, schedule: SigmaSchedule): bo
 export const takesEta = (name: SchedulerClass): boolean =>
   name === 'DDIMScheduler' || name === 'TCDScheduler';
 
+/** Whether a sampler puts noise into each step, as much as `eta_ancestral` says. */
+export const takesEtaAncestral = (
+  name: SchedulerClass,
+  { algorithm_type }: Partial<SchedulerConfig>,
+): boolean =>
+  ['EulerAncestralDiscreteScheduler', 'KDPM2AncestralDiscreteScheduler', 'DPMSolverSDEScheduler'].includes(
+    name,
+  ) ||
+  (algorithm_type === 'sde-dpmsolver++' && name !== 'DPMSolverSinglestepScheduler');
+
 /** Whether a class reads `sigma_schedule`, and not an option of diffusers for the same. */
 const readsSchedule = (name: SchedulerClass, schedule: SigmaSchedule): boolean =>
   takesSchedule(name, schedule) &&

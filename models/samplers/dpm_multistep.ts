@@ -37,6 +37,7 @@ export const multistepStart =
         order === 3 ? { ...config, solver_type: 'heun' } : config,
         levelAt(plan.sigmas[i + 1]),
         level,
+        plan.etaAncestral,
       );
       const terms = seriesTerms(latest.slice(0, order), (back) => levelAt(plan.sigmas[i + back]).lambda);
       return solverUpdate(weights, x, terms, isStochastic(config) ? draw() : undefined);

@@ -27,6 +27,7 @@ export function dpmSde(config: SchedulerConfig): Method {
     },
     start(plan, remember) {
       const start = remember(1);
+      const { etaAncestral } = plan;
       return (output, x, i, draw) => {
         const [first] = start.values;
         const second = first !== undefined;
@@ -34,7 +35,8 @@ export function dpmSde(config: SchedulerConfig): Method {
         const next = plan.sigmas[second ? i : i + 1];
         const x0 = denoised(config, output, x, plan.inputSigmas![i]);
         if (i === plan.timesteps.length - 1) return towards(x, x0, sigma, next);
-        const { down, up } = ancestralLevels(sigma, second ? next : plan.inputSigmas![i + 1]);
+        const to = second ? next : plan.inputSigmas![i + 1];
+        const { down, up } = ancestralLevels(sigma, to, etaAncestral);
         const moved = combine([down / sigma, first ?? x], [1 - down / sigma, x0], [up, draw()]);
         if (second) start.clear();
         else start.add(x);

@@ -32,7 +32,7 @@ interface Weights {
 }
 
 /** The exact integrals of the series' terms over the step from `s` to `t`; `midpoint` takes D1's at the step's middle. */
-export function solverWeights(config: SchedulerConfig, t: Level, s: Level): Weights {
+export function solverWeights(config: SchedulerConfig, t: Level, s: Level, eta = 1): Weights {
   const h = t.lambda - s.lambda;
   const midpoint = config.solver_type === 'midpoint';
   if (config.algorithm_type === 'dpmsolver++') {
@@ -42,11 +42,14 @@ export function solverWeights(config: SchedulerConfig, t: Level, s: Level): Weig
     return { x: t.sigma / s.sigma, d0: -t.alpha * phi, d1: t.alpha * d1, d2: t.alpha * d2, noise: 0 };
   }
   if (config.algorithm_type === 'sde-dpmsolver++') {
-    const phi = -Math.expm1(-2 * h);
-    const d1 = midpoint ? 0.5 * phi : phi / (-2 * h) + 1;
-    const d2 = (phi - 2 * h) / (4 * h * h) - 0.5;
-    const x = (t.sigma / s.sigma) * Math.exp(-h);
-    return { x, d0: t.alpha * phi, d1: t.alpha * d1, d2: t.alpha * d2, noise: t.sigma * Math.sqrt(phi) };
+    const noised = eta === 0 ? 0 : eta * h; // h is infinite at a last step to sigma 0
+    const far = h + noised;
+    const phi = -Math.expm1(-far);
+    const d1 = midpoint ? 0.5 * phi : phi / -far + 1;
+    const d2 = (phi - far) / (far * far) - 0.5;
+    const x = (t.sigma / s.sigma) * Math.exp(-noised);
+    const noise = t.sigma * Math.sqrt(-Math.expm1(-2 * noised));
+    return { x, d0: t.alpha * phi, d1: t.alpha * d1, d2: t.alpha * d2, noise };
   }
   const phi = Math.expm1(h);
   const twice = config.algorithm_type === 'sde-dpmsolver' ? 2 : 1;

@@ -16,14 +16,16 @@ export const kdpm2Ancestral = (config: SchedulerConfig): Method => midpointMetho
 
 function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
   const table = finiteSigmas(config);
-  const target = (from: number, to: number) => (ancestral ? ancestralLevels(from, to) : { down: to, up: 0 });
+  const target = (from: number, to: number, eta?: number) =>
+    ancestral ? ancestralLevels(from, to, eta) : { down: to, up: 0 };
   return {
     order: 2,
     schedule(steps, custom) {
       const levels = discreteLevels(config, table, steps, custom.timesteps);
       const whole = config.use_karras_sigmas ? levels.timesteps.map(roundHalfEven) : levels.timesteps;
       const sigmas = Float32Array.from([...levels.sigmas, levels.last]);
-      const between = (i: number) => Math.sqrt(sigmas[i - 1] * target(sigmas[i - 1], sigmas[i]).down);
+      const between = (i: number) =>
+        Math.sqrt(sigmas[i - 1] * target(sigmas[i - 1], sigmas[i], custom.etaAncestral).down);
       const inputs = Float32Array.from(twice(sigmas), (sigma, i) => (i % 2 ? between((i + 1) / 2) : sigma));
       const calls = 2 * levels.sigmas.length - 1;
       const timesteps = Array.from({ length: calls }, (_, i) =>
@@ -43,7 +45,7 @@ function midpointMethod(config: SchedulerConfig, ancestral: boolean): Method {
           start.add(x);
           return combine([to / middle, x], [1 - to / middle, x0]);
         }
-        const { down, up } = target(plan.sigmas[i - 1], plan.sigmas[i]);
+        const { down, up } = target(plan.sigmas[i - 1], plan.sigmas[i], plan.etaAncestral);
         const ratio = (down - plan.sigmas[i - 1]) / middle;
         const moved = combine([1, from], [ratio, x], [-ratio, x0]);
         start.clear();

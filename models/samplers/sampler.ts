@@ -15,6 +15,8 @@ import { roundHalfEven } from './tables.ts';
 export interface StepSettings {
   /** DDIM: 0 deterministic to 1 as noisy as DDPM (default 0). TCD: gamma, 0 to 1 (default 0.3). */
   eta?: number;
+  /** Euler a, DPM2 a, DPM++ SDE and 2M SDE: how much of their noise is put anew in each step, 0 (none) to 1 (default), k-diffusion's eta. */
+  etaAncestral?: number;
 }
 
 export interface PlanOptions extends StepSettings {
@@ -63,7 +65,7 @@ export type Step = (output: Tensor, x: Tensor, i: number, draw: Draw) => Tensor;
 export interface Method {
   /** Network calls per step: 2 for Heun and its kin. */
   order: 1 | 2;
-  schedule(steps: number, custom: Pick<PlanOptions, 'timesteps' | 'sigmas'>): Schedule;
+  schedule(steps: number, custom: Pick<PlanOptions, 'timesteps' | 'sigmas' | 'etaAncestral'>): Schedule;
   /** Whether `schedule` heeds a caller's sigmas. */
   takesSigmas?: boolean;
   /** Whether a step goes down by an even share of the training range, wherever the next timestep lies: a caller's own are refused. */
@@ -119,7 +121,8 @@ export const makeSampler = (name: SchedulerClass, config: SchedulerConfig, metho
     const laid = config.sigma_schedule ? Math.ceil(schedule.timesteps.length / method.order) : steps;
     const total = config.num_train_timesteps;
     const { begin, end } = chosenPart(schedule.timesteps, laid, method.order, total, options);
-    return { ...schedule, steps: end - begin, begin, end, eta: options.eta };
+    const { eta, etaAncestral } = options;
+    return { ...schedule, steps: end - begin, begin, end, eta, etaAncestral };
   },
   addNoise(plan, x0, noise, i = plan.begin) {
     const weights = plan.marginal(i);
@@ -193,7 +196,8 @@ function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptio
   const total = config.num_train_timesteps;
   if (!Number.isInteger(steps) || steps < 1 || steps > total)
     throw new UserError(`the number of steps is ${steps}: give a whole number from 1 to ${total}`);
-  const { strength, eta, denoisingStart: denoising_start, denoisingEnd: denoising_end = 1 } = options;
+  const { strength, eta, etaAncestral: eta_ancestral } = options;
+  const { denoisingStart: denoising_start, denoisingEnd: denoising_end = 1 } = options;
   const { timesteps = [], sigmas = [] } = options;
   if (options.timesteps && options.sigmas)
     throw new UserError('timesteps and sigmas both lay out the steps: give one of them');
@@ -206,7 +210,7 @@ function checkOptions(steps: number, config: SchedulerConfig, options: PlanOptio
     throw new UserError(
       `sigmas are ${sigmas.join(', ')}: give the noise levels of the steps and the one to end at, mostly 0, each smaller than the one before`,
     );
-  for (const [key, value] of Object.entries({ strength, denoising_start, denoising_end, eta }))
+  for (const [key, value] of Object.entries({ strength, denoising_start, denoising_end, eta, eta_ancestral }))
     if (value !== undefined && !(value >= 0 && value <= 1))
       throw new UserError(`${key} is ${value}: give a number from 0 to 1`);
   if (denoising_start !== undefined && denoising_start >= denoising_end)

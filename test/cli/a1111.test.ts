@@ -47,6 +47,12 @@ test('samplers with their schedule types', (t) => {
     read('Steps: 2, Sampler: euler, Custom Sigmas: [14.6000, 2.5000, 0.0000], ').sigmas,
     '14.6000, 2.5000, 0.0000',
   );
+  t.equal(read('Steps: 2, Sampler: Euler a, Eta: 0.67, Version: v1.10.1').etaAncestral, '0.67');
+  t.equal(read('Steps: 2, Sampler: DDIM, Eta DDIM: 0.5, Version: v1.10.1').eta, '0.5');
+  t.equal(
+    read('Steps: 2, Sampler: euler_a, Eta: 0.000000, Version: stable-diffusion.cpp').etaAncestral,
+    undefined,
+  );
   t.end();
 });
 

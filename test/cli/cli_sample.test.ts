@@ -154,6 +154,7 @@ test('what is typed and does nothing is refused, and of a picture read back', as
     [['--configs', model], /--configs .* is for a model that is a single file, and a folder has its own/],
     [['--eta', '0.5', '--scheduler', 'unipc'], /--eta: UniPCMultistepScheduler takes none; .* ddim or tcd/],
     [['--eta', '0.5'], /--eta: EulerDiscreteScheduler takes none/],
+    [['--eta-ancestral', '0'], /--eta-ancestral: EulerDiscreteScheduler puts no noise into its steps; leave/],
   ]);
   t.notOk(existsSync(again));
   const latents = ['--save-latents', join(folder, 'half.safetensors')];

@@ -114,6 +114,7 @@ test('each flag reaches what it names', (t) => {
     ['--apg --apg-eta 0.5', { adaptive_projected_guidance: { momentum: -0.5, rescale: 15, eta: 0.5 } }],
     ['--guidance-start 0.2 --guidance-stop 0.8', { guidance_start: 0.2, guidance_stop: 0.8 }],
     ['--eta 0.25', { eta: 0.25 }],
+    ['--eta-ancestral 0.5', { eta_ancestral: 0.5 }],
     [
       '--scheduler euler --karras --timestep-spacing trailing',
       { scheduler: { name: 'euler', config: { ...karras, timestep_spacing: 'trailing' } } },

@@ -202,3 +202,79 @@ test('x_0 is told within the range that the config sets, as in diffusers', (t) =
     t.ok(theirs.every((value, i) => Math.abs(value - got[i]) < 1e-4));
   t.end();
 });
+
+/** A run over a network that always says half of what it is shown, with the noise that its steps drew. */
+function runOf(name: string, etaAncestral?: number) {
+  const device = openDevice('auto');
+  const sampler = createSampler(name, sdxl);
+  const plan = sampler.plan(6, { etaAncestral });
+  const noise = (k: number) => Math.sin(3 * k + 1);
+  let draws = 0;
+  return scope(() => {
+    const begin = () => tensor([plan.initNoiseSigma, -plan.initNoiseSigma / 2], [2], { device });
+    const draw = () => tensor([noise(++draws), noise(-draws)], [2], { device });
+    const run = sampler.run(plan, begin, (x) => combine([0.5, x]), draw);
+    let result = run.next();
+    while (!result.done) result = run.next();
+    return [...result.value.floats()];
+  });
+}
+
+test("what is left of a step's noise by k-diffusion's eta", (t) => {
+  const near = (got: number[], want: number[], what: string) =>
+    got.forEach((each, i) => {
+      t.ok(Math.abs(each - want[i]) <= 2e-5 * Math.max(1, Math.abs(want[i])), `${what}: ${each}, ${want[i]}`);
+    });
+  // Without noise they are the methods that they come from, which are held against diffusers.
+  for (const [noisy, plain] of [
+    ['euler_a', 'euler'],
+    ['dpm2_a', 'dpm2'],
+    ['dpm++2m_sde', 'dpm++2m'],
+  ])
+    near(runOf(noisy, 0), runOf(plain), noisy);
+  for (const name of ['euler_a', 'dpm2_a', 'dpm++sde', 'dpm++2m_sde', 'dpm++2m_sde_heun']) {
+    t.same(runOf(name, 1), runOf(name), `${name}: all of it by itself`);
+    t.notSame(runOf(name, 0.5), runOf(name));
+  }
+  t.throws(() => runOf('euler_a', 2), /^eta_ancestral is 2: give a number from 0 to 1/);
+  t.end();
+});
+
+test('steps of DPM++ SDE and Euler a with half of their noise, in float64', (t) => {
+  const noise = (k: number) => Math.sin(3 * k + 1);
+  const [sde, euler] = ['dpm++sde', 'euler_a'].map((name) => createSampler(name, sdxl).plan(6));
+  // get_ancestral_step of k-diffusion.
+  const levels = (from: number, to: number, eta = 0.5) => {
+    const up = Math.min(to, eta * Math.sqrt((to ** 2 * (from ** 2 - to ** 2)) / from ** 2));
+    return { up, down: Math.sqrt(to ** 2 - up ** 2) };
+  };
+  // x_0 where the network says half of what it is shown.
+  const clean = (x: number, sigma: number) => x - (0.5 * sigma * x) / Math.sqrt(sigma ** 2 + 1);
+  let [x, draws] = [euler.initNoiseSigma, 0];
+  for (let i = 0; i < 6; i++) {
+    const [sigma, next] = [euler.sigmas[i], euler.sigmas[i + 1]];
+    const { up, down } = levels(sigma, next);
+    x = x + ((x - clean(x, sigma)) / sigma) * (down - sigma) + up * noise(++draws);
+  }
+  const [drawn] = runOf('euler_a', 0.5);
+  t.ok(Math.abs(drawn - x) < 2e-5 * Math.abs(x), `${drawn}, ${x}`);
+
+  [x, draws] = [sde.initNoiseSigma, 0];
+  const sigmas = [...Array.from({ length: 6 }, (_, i) => sde.sigmas[2 * i]), 0];
+  for (let i = 0; i < 6; i++) {
+    const [sigma, next] = [sigmas[i], sigmas[i + 1]];
+    if (next === 0) {
+      x = clean(x, sigma);
+      break;
+    }
+    const middle = Math.sqrt(sigma * next);
+    const go = (to: number, x0: number) => {
+      const { up, down } = levels(sigma, to);
+      return (down / sigma) * x + (1 - down / sigma) * x0 + up * noise(++draws);
+    };
+    x = go(next, clean(go(middle, clean(x, sigma)), middle));
+  }
+  const [half] = runOf('dpm++sde', 0.5);
+  t.ok(Math.abs(half - x) < 1e-4 * Math.max(1, Math.abs(x)), `${half}, ${x}`);
+  t.end();
+});
