@@ -47,7 +47,10 @@ const picture: Readonly<Record<string, Field>> = {
   image_cfg_scale: numeric('imageGuidanceScale', { min: 0 }),
   width: sideOf('width'),
   height: sideOf('height'),
-  eta: numeric('eta', { min: 0, max: 1 }),
+  eta(value, key) {
+    const eta = numberOf(value, key, { min: 0, max: 1 });
+    return { eta, etaAncestral: eta }; // a sampler has one of them
+  },
   tiling: (value, key) => (booleanOf(value, key) ? { seamless: 'xy' } : {}),
 };
 

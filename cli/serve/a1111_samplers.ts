@@ -1,6 +1,7 @@
-// Which sampler a request in A1111's words means, for its picture and for a second pass: by a name, a schedule type, and the noise that each
-// step gets. There is all of that noise here or none: with A1111's `eta` of 0 an ancestral sampler is the plain one.
+// Which sampler a request in A1111's words means, for its picture and for a second pass: by a name, perhaps with the schedule type behind it
+// as before A1111's 1.9, and a schedule type. How much noise its steps get is the request's `eta`, in both.
 import { UserError } from '../../io/errors.ts';
+import { takesEtaAncestral } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
 import { readFor } from '../option_values.ts';
 import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
@@ -19,29 +20,13 @@ const firstSaid = (body: Body, ...keys: readonly string[]): Said => {
   return { key, text: said(body, key) };
 };
 
-/** What draws without its noise as another. */
-const noiseless: Readonly<Record<string, string>> = {
-  EulerAncestralDiscreteScheduler: 'Euler',
-  KDPM2AncestralDiscreteScheduler: 'DPM2',
-};
-
-/** The sampler of that name with as much noise in each step as a request wants. @throws UserError for other amounts than there are */
-function noised(name: string, body: Body): string {
-  const { name: kind, config } = createSampler(name);
-  const isSDE = kind === 'DPMSolverSDEScheduler' || config.algorithm_type?.startsWith('sde');
-  if (!isSDE && !(kind in noiseless)) return name;
-  const asked = (key: string) => numberOf(body[key] ?? 1, key);
-  const [eta, noise] = [asked('eta'), asked('s_noise')];
-  if (eta === 0 && kind in noiseless) {
-    const [, layout = ''] = /^.*?(?:[\s_]?a|ancestral)(?:[\s_](.*))?$/i.exec(name) ?? []; // "DPM2 a Karras", as before 1.9
-    return `${noiseless[kind]} ${layout}`.trim();
-  }
-  if (eta !== 1)
-    throw new UserError(`eta ${eta} is not there; leave eta out, or take ${isSDE ? 'DPM++ 2M' : 'eta 0'}`);
-  // Its Euler a does not read s_noise.
-  if (noise !== 1 && kind !== 'EulerAncestralDiscreteScheduler')
-    throw new UserError(`s_noise ${noise} is not there; leave s_noise out`);
-  return name;
+/** @throws UserError for another scale of the noise in each step where its sampler reads it, which its Euler a does not */
+function checkNoise(name: string, body: Body): void {
+  const sampler = createSampler(name);
+  const [noise, eta] = ['s_noise', 'eta'].map((key) => numberOf(body[key] ?? 1, key));
+  const isRead = takesEtaAncestral(sampler.name, sampler.config) && !/^EulerA/.test(sampler.name);
+  if (noise !== 1 && eta !== 0 && isRead)
+    throw new UserError(`s_noise ${noise} is not there; leave s_noise out, or say how much noise by eta`);
 }
 
 /** A sampler, and how its noise levels lie. @throws UserError */
@@ -52,8 +37,8 @@ function laidOut(body: Body, { key, text: name }: Said, schedule: Said): Setting
     throw new UserError(
       `${schedule.key} "${type}" is how a sampler's noise levels lie; give its sampler_name, too`,
     );
-  const sampler = readFor(`${key} "${name}"`, () => noised(name, body));
-  const { unheeded: left, ...scheduler } = schedulerOf(sampler, type);
+  readFor(`${key} "${name}"`, () => checkNoise(name, body));
+  const { unheeded: left, ...scheduler } = schedulerOf(name, type);
   if (left) throw new UserError(`${schedule.key} "${left}" is not there for ${name}; take Automatic`);
   return scheduler;
 }

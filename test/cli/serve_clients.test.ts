@@ -45,48 +45,29 @@ test("A1111's example draws without what it only names", (t) => {
   t.end();
 });
 
-test('noise in each step is as much as A1111 puts there, or a sampler without is drawn with', (t) => {
-  const same = (body: Record<string, unknown>, other: Record<string, unknown>) =>
-    t.same(settingsOf(body), { ...settingsOf(other), eta: body.eta }, JSON.stringify(body));
-  // By get_ancestral_step of k-diffusion no noise is left at 0, and a step goes where Euler's goes.
-  same({ eta: 0, sampler_name: 'Euler a' }, { sampler_name: 'Euler' });
-  same({ eta: 0, sampler_name: 'k_euler_ancestral' }, { sampler_name: 'Euler' });
-  same(
-    { eta: 0, sampler_name: 'Euler a', scheduler: 'karras' },
-    { sampler_name: 'Euler', scheduler: 'karras' },
-  );
-  same({ eta: 0, sampler_name: 'DPM2 a Karras' }, { sampler_name: 'DPM2 Karras' });
-  same({ eta: 1, sampler_name: 'Euler a' }, { sampler_name: 'Euler a' });
-  same({ eta: 0, sampler_name: 'Euler Align Your Steps' }, { sampler_name: 'Euler Align Your Steps' });
-  same({ eta: 0.5, sampler_name: 'DDIM' }, { sampler_name: 'DDIM' });
-  const second = { enable_hr: true, sampler_name: 'Euler', hr_sampler_name: 'Euler a' };
-  t.equal(settingsOf({ ...second, eta: 0 }).hiresScheduler, undefined, 'as the first pass');
-  t.equal(settingsOf(second).hiresScheduler, 'Euler a Uniform');
+test('noise in each step is as much as A1111 puts there', (t) => {
+  for (const eta of [0, 0.5, 1])
+    t.match(settingsOf({ eta, sampler_name: 'Euler a' }), { eta, etaAncestral: eta });
+  t.throws(() => settingsOf({ eta: 2 }), /^eta takes a number from 0 to 1/);
   for (const sampler_name of ['Euler', 'Euler a', 'Heun', 'DPM++ 2M', 'DDIM', undefined])
     t.same(
       settingsOf({ sampler_name, s_noise: 0 }),
       settingsOf({ sampler_name }),
       's_noise is not read there',
     );
-  for (const [body, sentence] of [
-    [
-      { eta: 0.5, sampler_name: 'Euler a' },
-      'sampler_name "Euler a": eta 0.5 is not there; leave eta out, or take eta 0',
-    ],
-    [
-      { eta: 0, sampler_index: 'DPM++ 2M SDE' },
-      'sampler_index "DPM++ 2M SDE": eta 0 is not there; leave eta out, or take DPM++ 2M',
-    ],
-    [
-      { s_noise: 0, sampler_name: 'DPM++ SDE' },
-      'sampler_name "DPM++ SDE": s_noise 0 is not there; leave s_noise out',
-    ],
-    [
-      { ...second, eta: 0, hr_sampler_name: 'DPM++ SDE' },
-      'hr_sampler_name "DPM++ SDE": eta 0 is not there; leave eta out, or take DPM++ 2M',
-    ],
+  t.ok(
+    settingsOf({ sampler_index: 'DPM++ SDE Karras', eta: 0, s_noise: 0 }),
+    'as Dify has it: there is no noise',
+  );
+  const second = { enable_hr: true, sampler_name: 'Euler', hr_sampler_name: 'DPM2 a' };
+  for (const [body, whose] of [
+    [{ sampler_name: 'DPM++ SDE', s_noise: 0 }, 'sampler_name "DPM++ SDE"'],
+    [{ sampler_index: 'DPM++ 2M SDE', s_noise: 0 }, 'sampler_index "DPM++ 2M SDE"'],
+    [{ ...second, s_noise: 0 }, 'hr_sampler_name "DPM2 a"'],
   ] as const)
-    t.throws(() => settingsOf(body), { message: sentence });
+    t.throws(() => settingsOf(body), {
+      message: `${whose}: s_noise 0 is not there; leave s_noise out, or say how much noise by eta`,
+    });
   t.end();
 });
 
@@ -166,6 +147,7 @@ test('programs draw with what they send by themselves', async (t) => {
     t.equal((await pixels(answer.body.images[0])).width, 64);
     const told = (await server.post('/sdapi/v1/png-info', { image: answer.body.images[0] })).body.info;
     t.match(told.split('\n').at(-1), /^Steps: 2, .*, Seed: \d+, /);
+    t.equal(/, Eta: 0,/.test(told), body.eta === 0, 'with as little noise as is asked for');
   }
   t.same(
     (await server.post('/sdapi/v1/options', { ...options, sd_model_checkpoint: '' })).status,
