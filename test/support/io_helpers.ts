@@ -1,8 +1,10 @@
 // What the tests of the io folder share: a folder of their own, refusals in one sentence, numbers that repeat.
-import { existsSync, mkdtempSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import type { Test } from 'tap';
 import { UserError } from '../../io/errors.ts';
+import type { TensorFile } from '../../io/tensor_file.ts';
 
 export const folder = mkdtempSync(join(tmpdir(), 'sdxl-io-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
@@ -44,4 +46,39 @@ export function randomNumbers(seed: number): () => number {
     t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
     return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
   };
+}
+
+/** Of 2000 copies of a sound file, one to four bytes of each changed and some cut off, each is read whole or refused. */
+export function readsDamaged(
+  t: Pick<Test, 'ok' | 'same'>,
+  sound: Uint8Array,
+  path: string,
+  { seed, within = Number.POSITIVE_INFINITY }: { seed: number; within?: number },
+  open: (path: string) => TensorFile,
+): void {
+  const random = randomNumbers(seed);
+  const below = (count: number) => Math.floor(random() * count);
+  const crashes: string[] = [];
+  let refused = 0;
+  for (let round = 0; round < 2000; round++) {
+    const bytes = Uint8Array.from(sound.subarray(0, random() < 0.1 ? below(sound.length) : sound.length));
+    for (let left = 1 + below(4); left > 0; left--) bytes[below(Math.min(within, bytes.length))] = below(256);
+    writeFileSync(path, bytes);
+    try {
+      readAll(open(path));
+    } catch (error) {
+      if (error instanceof UserError) refused++;
+      else crashes.push(String(error));
+    }
+  }
+  t.same(crashes.slice(0, 3), [], `${refused} of 2000 refused`);
+  t.ok(refused > 500 && refused < 2000, `${refused} refused`);
+}
+
+function readAll(file: TensorFile): void {
+  try {
+    for (const { name, mend } of file.tensors.values()) if (!mend) file.read(name);
+  } finally {
+    file.close();
+  }
 }
