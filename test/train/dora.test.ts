@@ -2,20 +2,15 @@
 // are merged again and gone on from; and what no run may ask.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { noGrad } from '../../engine/grad.ts';
-import { unload } from '../../engine/module.ts';
-import { scope } from '../../engine/scope.ts';
-import { tensor } from '../../engine/tensor.ts';
 import { decodeFloats } from '../../io/dtype.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import { type Algo, partsOf } from '../../models/adapters/adapter_kinds.ts';
-import { type AdaptersConfig, addAdapters } from '../../models/adapters/adapters.ts';
+import { addAdapters } from '../../models/adapters/adapters.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { inspect } from '../../models/inspect.ts';
 import { exportLora } from '../../models/lora/export_lora.ts';
 import { mergeLora } from '../../models/lora/lora.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
-import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { openMaterials } from '../../train/materials.ts';
 import { describe, planOf } from '../../train/plan.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
@@ -24,14 +19,13 @@ import {
   adaptedLayer,
   checkLayer,
   checkSteps,
-  fill,
-  numbers,
   release,
   type SteppedCase,
   unpacked,
 } from '../support/adapter_golden.ts';
 import { goldenLines, maxDifference } from '../support/golden.ts';
 import { devices } from '../support/models_golden.ts';
+import { inPeft, predictions } from '../support/small_adapters.ts';
 import { basic, device, folder, locate, losses, model, resumes, run, silent } from '../support/small_runs.ts';
 
 interface DoraCase extends SteppedCase {
@@ -118,7 +112,11 @@ for (const [kind, more] of Object.entries(runs))
       "kohya's",
     );
     exported.close();
-    const [base, live, merged, kohya] = predictions([path, again], { ...lora, ...input.lora, targets });
+    const [base, live, merged, kohya] = predictions(
+      [path, again],
+      { ...lora, ...input.lora, targets },
+      inPeft,
+    );
     t.ok(maxDifference(base, live) > 1e-3, `it has learnt: ${maxDifference(base, live)}`);
     for (const [format, y] of Object.entries({ peft: merged, kohya }))
       t.ok(
@@ -127,41 +125,6 @@ for (const [kind, more] of Object.entries(runs))
       );
     t.equal(device.memory.storages, before, 'live tensors');
   });
-
-/** What the UNet says without adapters, with those of the first file on its layers, and with each file merged. */
-function predictions(paths: readonly string[], config: AdaptersConfig): Float32Array[] {
-  const source = openModel(model);
-  const unetConfig = parseUNetConfig(source.config('unet'));
-  const opened = () => {
-    const net = unet(unetConfig);
-    source.load('unet', net, device, 'float32');
-    return net;
-  };
-  const [base, live] = [opened(), opened()];
-  const file = openSafetensors(paths[0]);
-  for (const adapter of addAdapters(live, config, (_, n) => new Float32Array(n)))
-    for (const { key, parameter } of partsOf(adapter)) {
-      const stored = `unet.${adapter.path}.${key}`;
-      fill(parameter, decodeFloats(file.read(stored), file.tensors.get(stored)?.dtype ?? 'float32'));
-    }
-  file.close();
-  const merged = paths.map((path) => {
-    const net = opened();
-    mergeLora({ unet: net, unetConfig }, path);
-    return net;
-  });
-  return [base, live, ...merged].map((net) => {
-    const y = noGrad(() =>
-      scope(() => {
-        const made = (...shape: number[]) => tensor(numbers(shape, shape.length), shape, { device });
-        const conditioning = { context: made(1, 7, 80), textEmbeds: made(1, 40), timeIds: made(1, 6) };
-        return net(made(1, 8, 8, 4), tensor([500], [1], { device }), conditioning).floats();
-      }),
-    );
-    unload(net);
-    return y;
-  });
-}
 
 test('it begins as the model is, and its plan counts the magnitudes', async (t) => {
   const first = async (own: RunInput['lora']) => {
@@ -209,7 +172,7 @@ test('text encoders have magnitudes too, by their own learning rate', async (t) 
     decodeFloats(file.read(magnitude), 'float32'),
     adapter.magnitude?.parameter.tensor.floats() ?? new Float32Array(),
   );
-  t.ok(Math.abs(moved / 1e-4 - 1) < 0.02, `moved by ${moved}`);
+  t.ok(Math.abs(moved / 1e-4 - 1) < 2e-3, `moved by ${moved}`);
   file.close();
   t.ok(mergeLora(loadPipeline(openModel(model), { device, dtype: 'float32' }), join(final, name)) > 20);
   pipeline.release();
@@ -228,9 +191,7 @@ test('a run goes on from a DoRA, and from a plain LoRA', async (t) => {
   for (const [k, from] of [dora, other].entries()) {
     const more = { ...lora, alpha: 6, conv_alpha: 1, network_weights: from };
     const on = await run(input(`dora-on-${k}`, { optimizer: { lr: 0 }, lora: more }));
-    const [, live] = predictions([join(on.folder, name)], config);
-    const [, , merged] = predictions([join(on.folder, name), from].slice(0, 1), config);
-    const [, , theirs] = predictions([join(on.folder, name), from], config).slice(1);
+    const [, live, merged, theirs] = predictions([join(on.folder, name), from], config, inPeft);
     t.ok(maxDifference(live, merged) < 2e-5, 'its own');
     t.ok(maxDifference(live, theirs) < 2e-5, `what the file makes: ${maxDifference(live, theirs)}`);
   }
