@@ -1,5 +1,5 @@
 // Runs of training in this process, on the tiny golden model and a folder of six small pictures that is gone at the end: what
-// train.test.ts and train_targets.test.ts share.
+// the tests of training share.
 import { createHash } from 'node:crypto';
 import { mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
