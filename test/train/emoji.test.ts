@@ -94,7 +94,7 @@ test('flags and fruit can be drawn ten times, under names of their own', async (
   for (const name of ['rainbow flag', 'chequered flag', 'red apple', 'tangerine'])
     t.ok(often.includes(name), name);
   t.notOk(often.includes('flag in hole'), 'golf');
-  const folder = await drawEmoji(join(t.testdir({}), 'flags'), { flagsAndFruit: 10 });
+  const folder = await drawEmoji(join(t.testdir({}), 'flags'), { flagsAndFruit: 10, side: 8 });
   const { examples, problems } = await openDataset({ path: folder });
   t.equal(examples.length, 1593 + 9 * 32);
   t.strictSame(problems, []);

@@ -1,5 +1,5 @@
 // Training beside a UNet that is kept in 8-bit integers (train.q8): gradients are those over the decoded weights, a ControlNet
-// begins with these, and runs resume bit for bit (train.test.ts divides one among devices).
+// begins with these, and runs resume bit for bit (train_devices.test.ts divides one among devices).
 import { dirname } from 'node:path';
 import { test } from 'tap';
 import { backward, clearGrad, gradOf, requireGrad } from '../../engine/grad.ts';

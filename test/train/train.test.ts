@@ -12,8 +12,6 @@ import {
 } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { type Device, openDevice } from '../../engine/device.ts';
-import type { Driver, Exchange } from '../../engine/driver.ts';
 import { readPicture } from '../../io/image.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { decode, denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
@@ -27,18 +25,14 @@ import { loadRuns } from '../../train/run/load_run.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
 import { packageRoot } from '../support/golden.ts';
-import { writeEncoder } from '../support/ip_adapter_golden.ts';
-import { noLibrary, ownDevice } from '../support/native_library.ts';
 import {
   basic,
-  control,
   device,
   digest,
   folder,
   locate,
   losses,
   model,
-  paired,
   pictures,
   run,
   silent,
@@ -203,7 +197,7 @@ test("a plan's memory is what a run takes, whose later passes find the gradients
     // Averages that nobody asks to be lent.
     { ...lean, gradient_accumulation_steps: 1 },
   ].entries()) {
-    const input: RunInput = { ...basic(`planned-${i}`), ...more };
+    const input: RunInput = { ...basic(`planned-${i}`), steps: 2, ...more };
     const [planned] = planOf(await openMaterials(resolveRun(input, '', ''), locate, silent), [
       device,
     ]).memory_bytes;
@@ -221,7 +215,7 @@ test('a batch and its halves see the same draws', async (t) => {
   };
   const [whole, halves] = [await losses('four', 4, 1), await losses('two', 2, 2)];
   whole.forEach((loss, i) => {
-    t.ok(Math.abs(loss - halves[i]) < 1e-5 * loss, `update ${i + 1}: ${loss} and ${halves[i]}`);
+    t.ok(Math.abs(loss - halves[i]) < 2e-6 * loss, `update ${i + 1}: ${loss} and ${halves[i]}`);
   });
 });
 
@@ -253,122 +247,6 @@ test('a run stopped while it prepares leaves what is prepared, and nothing else'
     t.same(listCheckpoints(input.output as string), [], 'no checkpoint');
   }
   t.equal((await run(cached)).stopped, false, 'and begins anew');
-});
-
-/** A second device, between which and the first tensors are copied by the host. */
-function another(): Device {
-  const other = noLibrary ? openDevice('reference') : ownDevice();
-  const exchanges = new Map<Exchange, Driver>();
-  for (const { driver } of [device, other]) {
-    const exchange: Exchange = {
-      mark: () => 0n,
-      after() {},
-      finish() {},
-      copy(to, from, source, bytes) {
-        const carried = new Uint8Array(bytes);
-        exchanges.get(source)?.download(from, 0, carried);
-        driver.upload(to, 0, carried);
-      },
-    };
-    exchanges.set(exchange, driver);
-    Object.assign(driver, { exchange });
-  }
-  return other;
-}
-
-// An update is of two passes, but each epoch's last one of a single one: the second, which is made on one device again. In a third the
-// other joins in again.
-test('two devices end in the bytes of one, whatever is trained, and resume on one or two', async (t) => {
-  const further = [another()];
-  const held = () => [device, ...further].map(({ memory }) => memory.storages);
-  const before = held();
-  const tasks: Record<string, RunInput> = {
-    unet: { train: { gradient_checkpointing: true } },
-    parts: { dtype: 'bfloat16', train: { parts: ['attn2'] } },
-    'all-bfloat16': {
-      dtype: 'bfloat16',
-      train: { parts: ['attn2'] },
-      optimizer: { moments_dtype: 'bfloat16', stochastic_rounding: true },
-    },
-    lora: { train: { target: 'lora' }, lora: { rank: 2, alpha: 4, targets: ['to_q', 'conv1'] } },
-    texts: { train: { text_encoders: true } },
-    'tags anew': { dataset: { ...basic('tags').dataset, path: pictures, shuffle_caption: true } },
-    'lora-texts': {
-      train: { target: 'lora', text_encoders: true },
-      lora: { rank: 2, text_encoder_targets: ['q_proj', 'fc1'] },
-      optimizer: { lr: 1e-3, text_encoder_lr: 1e-4 },
-    },
-    prodigy: { train: { parts: ['attn2', 'time_'] }, optimizer: { name: 'prodigy', lr: 1 } },
-    vae: { train: { target: 'vae' } },
-    controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
-    t2i_adapter: { ...control, train: { target: 't2i_adapter' }, controlnet: {} },
-    ip_adapter: {
-      train: { target: 'ip_adapter', gradient_checkpointing: true },
-      ip_adapter: { image_encoder_path: writeEncoder(join(folder, 'image_encoder')) },
-    },
-    'lora-regular': {
-      train: { target: 'lora', gradient_checkpointing: true },
-      lora: { rank: 2, network_dropout: 0.2, module_dropout: 0.1, scale_weight_norms: 0.01 },
-    },
-    lokr: {
-      ...{ dtype: 'bfloat16', train: { target: 'lora' } },
-      lora: {
-        algo: 'lokr',
-        rank: 2,
-        factor: 4,
-        targets: ['to_q', 'conv1'],
-        scale_weight_norms: 0.01,
-        rank_dropout: 0.2,
-      },
-    },
-    oft: {
-      ...{ dtype: 'bfloat16', train: { target: 'lora' } },
-      lora: { algo: 'oft', rank: 4, rescaled: true, targets: ['to_q', 'conv1'], module_dropout: 0.2 },
-    },
-    dora: { dtype: 'bfloat16', train: { target: 'lora' }, lora: { rank: 2, use_dora: true } },
-    blocks: {
-      train: { parts: ['attn', 'time_'] },
-      optimizer: { lr: 1e-3, block_lr: Array.from({ length: 23 }, (_, block) => (block % 3) * 1e-3) },
-    },
-    token: {
-      train: { target: 'textual_inversion', gradient_checkpointing: true },
-      textual_inversion: {
-        ...{ placeholder_token: '<stripes>', initializer_token: 'red', num_vectors: 2 },
-        learnable_property: 'style',
-      },
-    },
-    lcm: { dtype: 'bfloat16', train: { target: 'lora', method: 'lcm' }, lora: { rank: 2 } },
-    'lcm-unet': { train: { method: 'lcm', parts: ['attn2'] }, ema: { decay: 0 } },
-    dpo: {
-      train: { method: 'dpo', parts: ['attn2'] },
-      dataset: { ...basic('dpo').dataset, path: paired },
-    },
-    'lora-q8': { train: { target: 'lora', gradient_checkpointing: true, q8: true }, lora: { rank: 2 } },
-  };
-  // Every other's own test takes it up again on one device, from a checkpoint with these bytes.
-  const resumed = ['unet', 'all-bfloat16', 'texts', 'tags anew', 'vae'];
-  const saved = (output: string) => listCheckpoints(join(folder, output)).map(digest);
-  for (const [name, task] of Object.entries(tasks)) {
-    const steps = name === 'unet' ? 3 : 2;
-    const checkpoints = { every_steps: 1, keep: 3 };
-    const input = (ending: string): RunInput => ({
-      ...{ ...basic(`${name}-${ending}`), steps, checkpoints },
-      ...task,
-    });
-    await run(input('one'));
-    const until = resumed.includes(name) ? 1 : undefined;
-    const { folder: checkpoint } = await run(input('two'), { until, further });
-    if (name === 'unet') {
-      await run(input('joined'), { checkpoint, further });
-      t.equal(saved('unet-joined').at(-1), saved('unet-one').at(-1), 'the second joins in again');
-    }
-    if (until) await run(input('two'), { checkpoint });
-    t.equal(saved(`${name}-one`).length, steps);
-    t.same(saved(`${name}-two`), saved(`${name}-one`), name);
-    t.same(losses(join(folder, `${name}-two`)), losses(join(folder, `${name}-one`)), `${name}: losses`);
-  }
-  t.same(held(), before, 'live tensors');
-  t.ok(further[0].memory.peak > 0, 'the second device had its passes');
 });
 
 test('every recipe in configs/ is a run', async (t) => {

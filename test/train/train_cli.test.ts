@@ -121,24 +121,20 @@ test('a learning rate that diverges stops with the tensor named', async (t) => {
   );
 });
 
-test('a full disk leaves the old checkpoint', (t) => {
+test('a full disk leaves the old checkpoint', async (t) => {
   const file = runFile('full', { steps: 3, checkpoints: { every_steps: 1, keep: 1 } });
   const output = join(folder, 'full-out');
-  const program = join(packageRoot, 'bin', 'sdxl.js');
-  const command = (limit: string, more: string) =>
-    spawnSync('bash', ['-c', `${limit} exec node "$0" train "$1" --quiet ${more}`, program, file], {
-      encoding: 'utf8',
-    });
-  t.equal(command('', '--set steps=1 ').status, 0);
+  t.equal((await sdxl('train', file, '--quiet', '--set', 'steps=1')).status, 0);
   rmSync(join(output, 'final'), { recursive: true });
   const [old] = listCheckpoints(output);
-  const { status, stderr } = command('ulimit -f 1000;', '--resume');
+  const program = join(packageRoot, 'bin', 'sdxl.js');
+  const limited = 'ulimit -f 1000; exec node "$0" train "$1" --quiet --resume';
+  const { status, stderr } = spawnSync('bash', ['-c', limited, program, file], { encoding: 'utf8' });
   t.equal(status, 2, stderr);
   t.match(stderr, /error: .*would be larger than .*limit allows/, 'one sentence');
   t.same(listCheckpoints(output), [old], 'the old checkpoint stays');
   t.equal(readdirSync(join(output, 'checkpoints')).length, 1, 'nothing half-written beside it');
-  t.equal(command('', '--resume').status, 0, 'and can be resumed');
-  t.end();
+  t.equal((await sdxl('train', file, '--quiet', '--resume')).status, 0, 'and can be resumed');
 });
 
 test('previews sample as the model is trained to predict, like the finished model', async (t) => {
@@ -239,13 +235,15 @@ test('runs that begin with what an earlier one of their file makes', async (t) =
   t.equal(plans[3].run.lora.network_weights, join(place('lora'), 'final'), 'and told as they are written');
   const wide = { inpainting: { mask_mode: 'random_mask' } };
   const next = { model: join(place('painter'), 'final'), train: { target: 'lora' } };
-  const painters = [keys('painter', wide), keys('painter-lora', { ...wide, ...next })];
-  const widened = runFile('painters', {}, `export default ${JSON.stringify(painters)};`);
-  t.match(await sdxl('plan', widened, '--quiet'), { status: 0 }, 'a UNet that the first one widens');
   const lent = { unet: join(place('painter'), 'final/unet'), train: { target: 'lora' } };
-  const lenders = [keys('painter', wide), keys('lent-lora', { ...wide, ...lent })];
-  const borrowed = runFile('lenders', {}, `export default ${JSON.stringify(lenders)};`);
-  t.match(await sdxl('plan', borrowed, '--quiet'), { status: 0 }, "a UNet in the place of the model's own");
+  const painters = [
+    keys('painter', wide),
+    keys('painter-lora', { ...wide, ...next }),
+    keys('lent-lora', { ...wide, ...lent }),
+  ];
+  const widened = runFile('painters', {}, `export default ${JSON.stringify(painters)};`);
+  const what = "a UNet that the first one widens, in its model and in the place of the model's own";
+  t.match(await sdxl('plan', widened, '--quiet'), { status: 0 }, what);
   const only = ['--only', 'vae', '--set', `output=${place('elsewhere')}`, '--quiet'];
   const one = await sdxl('train', file, ...only);
   t.equal(one.status, 0, `one of them goes elsewhere: ${one.err}`);
