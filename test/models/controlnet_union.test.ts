@@ -6,9 +6,7 @@ import { join } from 'node:path';
 import { type Test, test } from 'tap';
 import { type Device, openDevice } from '../../engine/device.ts';
 import { namedParameters } from '../../engine/module.ts';
-import { decodeFloats } from '../../io/dtype.ts';
 import { preprocess, preprocessControl, writePng } from '../../io/image.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { type Json, openModel } from '../../models/checkpoint/checkpoint.ts';
 import { controlnetUnion, parseControlNetUnionConfig } from '../../models/control/controlnet_union.ts';
 import { inspect } from '../../models/inspect.ts';
@@ -17,6 +15,7 @@ import { denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
+import { savedLatents } from '../support/contents.ts';
 import {
   picture,
   unionArchitecture,
@@ -114,10 +113,7 @@ async function sampled(t: Test, id: string, ...argv: string[]): Promise<Float32A
   const saved = at(`${id}.safetensors`);
   const { status, err } = await sample(...argv, '--output', at(`${id}.png`), '--save-latents', saved);
   t.equal(status, 0, `${id} ${err}`);
-  const file = openSafetensors(saved);
-  const values = decodeFloats(file.read('latents'), 'float32');
-  file.close();
-  return values;
+  return savedLatents(saved);
 }
 
 test('by flags, and the settings in the picture', async (t) => {

@@ -5,13 +5,12 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { watchCalls } from '../../engine/module.ts';
-import { decodeFloats } from '../../io/dtype.ts';
 import { preprocessControl } from '../../io/image.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { denoise, type Pipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
+import { savedLatents } from '../support/contents.ts';
 import { picture } from '../support/controlnet_golden.ts';
 import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
 import { at, type Call, latentsOf, pipelineOf, testCalls } from '../support/golden_calls.ts';
@@ -128,7 +127,7 @@ async function sampled(name: string, ...argv: string[]): Promise<Float32Array> {
   const saved = at(`${name}.safetensors`);
   const { status, err } = await sample(...argv, '--output', at(`${name}.png`), '--save-latents', saved);
   if (status !== 0) throw new Error(err);
-  return decodeFloats(openSafetensors(saved).read('latents'), 'float32');
+  return savedLatents(saved);
 }
 
 test('sdxl sample', async (t) => {

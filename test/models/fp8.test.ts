@@ -4,10 +4,9 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { fromE4m3, toE4m3 } from '../../engine/ops/fp8.ts';
-import { decodeFloats } from '../../io/dtype.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
 import { sdxl } from '../support/command_line.ts';
+import { savedLatents } from '../support/contents.ts';
 import { layersInFp8, roundsToNearest } from '../support/fp8_layers.ts';
 import { goldenArea, goldenFolder } from '../support/golden.ts';
 import { unetError } from '../support/models_golden.ts';
@@ -62,7 +61,7 @@ test('sdxl sample --fp8 draws another picture, a little', async (t) => {
     const model = ['--model', join(goldenFolder, 'tiny-sdxl'), '--prompt', 'a fox'];
     const { status, err } = await sdxl('sample', ...model, ...size, ...output, ...more);
     t.equal(status, 0, err);
-    latents.push(decodeFloats(openSafetensors(path).read('latents'), 'float32'));
+    latents.push(savedLatents(path));
   }
   const distance = relativeError(latents[1], latents[0]);
   t.ok(distance > 1e-4 && distance < 0.1, `${distance}`);

@@ -4,12 +4,11 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
-import { decodeFloats } from '../../io/dtype.ts';
 import { preprocess, preprocessControl } from '../../io/image.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
+import { savedLatents } from '../support/contents.ts';
 import { picture } from '../support/controlnet_golden.ts';
 import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
 import { at, type Call, type Kind, latentsOf, pipelineOf, testCalls } from '../support/golden_calls.ts';
@@ -77,9 +76,7 @@ test('sdxl sample, and its picture again by its settings', async (t) => {
     '--quiet',
   );
   t.equal(status, 0, err);
-  const file = openSafetensors(at('x.safetensors'));
-  const saved = decodeFloats(file.read('latents'), 'float32');
-  file.close();
+  const saved = savedLatents(at('x.safetensors'));
   const pipeline = pipelineOf('text2img', openDevice('cpu'));
   const want = await latentsOf(pipeline, seeded({ guidance_start: 0.25, guidance_stop: 0.75 }));
   pipeline.release();

@@ -6,16 +6,15 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { hiresSize, shownOf } from '../../cli/sample/hires_options.ts';
 import { openDevice } from '../../engine/device.ts';
-import { decodeFloats } from '../../io/dtype.ts';
 import { writePng } from '../../io/image.ts';
 import { readPngText } from '../../io/png.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
 import { middleOf } from '../../models/vae/latents.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
+import { savedLatents } from '../support/contents.ts';
 import { picture, writeControlNet } from '../support/controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
 
@@ -57,13 +56,6 @@ test("torch's interpolate", (t) => {
   t.end();
 });
 
-function latentsOf(path: string): Float32Array {
-  const file = openSafetensors(path);
-  const values = decodeFloats(file.read('latents'), 'float32');
-  file.close();
-  return values;
-}
-
 const upscalerOf = ({ mode, antialias }: Interpolation): string => {
   const words = [mode === 'bilinear' ? '' : mode, antialias ? 'antialiased' : ''].filter(
     (word) => word !== '',
@@ -93,7 +85,7 @@ test('passes as A1111 makes them, and the settings in the picture', async (t) =>
     );
     t.same(line.again ?? own, own);
     t.equal(status, 0, err);
-    allClose(t, upscalerOf(line), latentsOf(saved), valuesOf(line), { atol: line.atol, rtol: 0 });
+    allClose(t, upscalerOf(line), savedLatents(saved), valuesOf(line), { atol: line.atol, rtol: 0 });
     t.match(JSON.parse(out), { width: line.larger, height: line.larger });
     const text = readPngText(output);
     t.match(
@@ -147,7 +139,7 @@ test('a second pass by a sampler of its own is image to image by that', async (t
     ...{ ...asked, image: first.latents, generators: noise(), num_inference_steps: 6, strength: 3.5 / 6 },
     scheduler: { name: 'heun_sgm_uniform', config: { timestep_spacing: 'linspace' } },
   });
-  t.equal(maxDifference(latentsOf(saved), second.latents.data), 0);
+  t.equal(maxDifference(savedLatents(saved), second.latents.data), 0);
   const text = readPngText(output);
   t.match(
     text.parameters,
@@ -170,7 +162,7 @@ test('each of several pictures has its own second pass', async (t) => {
       saved,
     );
     t.equal(status, 0, `${name} ${err}`);
-    return latentsOf(saved);
+    return savedLatents(saved);
   };
   for (const upscaler of ['Latent', 'Lanczos', 'Nearest']) {
     const both = await drawn('both', '--seed', '4', '--batch-count', '2', '--hires-upscaler', upscaler);
@@ -216,7 +208,7 @@ test('ControlNets are followed as in the first pass', async (t) => {
       ...[...argv, ...controlled, '--output', at('controlled.png'), '--save-latents', saved],
     );
     t.equal(status, 0, err);
-    return latentsOf(saved);
+    return savedLatents(saved);
   };
   const [plain, one, less] = [await drawn(''), await drawn(':1'), await drawn(':0.8')];
   t.equal(maxDifference(plain, one), 0, 'by 1, and not by the 0.8 of pictures that are drawn over');
@@ -300,7 +292,7 @@ test('a second pass of another shape is drawn over the middle', async (t) => {
     ...{ ...asked, width: 128, height: 96, image: { shape: [1, 4, 12, 16], data }, generators: noise() },
     ...{ num_inference_steps: 4, strength: 2.5 / 4 },
   });
-  t.equal(maxDifference(latentsOf(saved), second.latents.data), 0);
+  t.equal(maxDifference(savedLatents(saved), second.latents.data), 0);
   for (const upscaler of ['Nearest', 'Lanczos']) {
     const { out, err } = await sample(
       ...['--width', '64', '--height', '72', '--steps', '1', '--hires', '--hires-width', '96'],

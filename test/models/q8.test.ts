@@ -9,14 +9,14 @@ import { namedParameters, unload } from '../../engine/module.ts';
 import { fromQ8, toQ8 } from '../../engine/ops/q8.ts';
 import { scope } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
-import { decodeFloats } from '../../io/dtype.ts';
-import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
+import { writeSafetensors } from '../../io/safetensors.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { locateModel } from '../../models/locate/locate.ts';
 import { mergeLora } from '../../models/lora/lora.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
 import { keepInQ8 } from '../../models/unet/q8.ts';
 import { sdxl } from '../support/command_line.ts';
+import { savedLatents } from '../support/contents.ts';
 import { goldenArea, goldenFolder } from '../support/golden.ts';
 import { unetError } from '../support/models_golden.ts';
 import { relativeError, values } from '../support/op_cases.ts';
@@ -145,7 +145,7 @@ test('sdxl sample --q8 draws nearly the same picture', async (t) => {
     const output = ['--save-latents', path, '--output', join(folder, 'out.png'), '--prompt', 'red heart'];
     const { status, err } = await sdxl('sample', ...size, ...output, ...more);
     t.equal(status, 0, err);
-    latents.push(decodeFloats(openSafetensors(path).read('latents'), 'float32'));
+    latents.push(savedLatents(path));
   }
   const [q8, both] = [1, 2].map((i) => relativeError(latents[i], latents[0]));
   t.ok(q8 > 1e-4 && q8 < 0.01, `${q8}`);

@@ -6,11 +6,11 @@ import { test } from 'tap';
 import { decodeFloats } from '../../io/dtype.ts';
 import { writePng } from '../../io/image.ts';
 import { readPngText } from '../../io/png.ts';
-import { openSafetensors } from '../../io/safetensors.ts';
 import { CudaGenerator } from '../../models/random/cuda_random.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { VariedGenerator } from '../../models/random/variation.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
+import { savedLatents } from '../support/contents.ts';
 import { picture } from '../support/controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
 import { at } from '../support/golden_calls.ts';
@@ -67,18 +67,12 @@ async function sample(...argv: string[]) {
   const files = ['--quiet', '--output', at('out.png'), '--save-latents', at('out.safetensors')];
   return sdxl('sample', '--model', model, ...(argv.includes('--from') ? [] : size), ...files, ...argv);
 }
-function latents(): Float32Array {
-  const file = openSafetensors(at('out.safetensors'));
-  const values = decodeFloats(file.read('latents'), 'float32');
-  file.close();
-  return values;
-}
 
 test('sdxl sample', async (t) => {
   const drawn = async (...argv: string[]) => {
     const { status, err } = await sample('--prompt', 'a fox', ...argv);
     t.equal(status, 0, err);
-    return latents();
+    return savedLatents(at('out.safetensors'));
   };
   const seeded = ['--seed', '3'];
   const want = await drawn(...seeded);

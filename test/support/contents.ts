@@ -20,3 +20,11 @@ export const digestOf = (values: Float32Array): string =>
   createHash('sha256')
     .update(values.map((value) => value + 0))
     .digest('hex');
+
+/** What `sdxl sample --save-latents` has written. */
+export function savedLatents(path: string): Float32Array {
+  const file = openSafetensors(path);
+  const values = decodeFloats(file.read('latents'), 'float32');
+  file.close();
+  return values;
+}
