@@ -64,7 +64,7 @@ test('a run leaves what it promises, and a resumed one the same bytes', async (t
   t.equal(first.position.step, 3, 'stopped after the update');
   t.match(first.folder, /step-00000003$/, 'and saved there');
   // What a run that is killed later leaves beside its last checkpoint.
-  appendFileSync(join(broken.output as string, 'log.jsonl'), '{"step":4,"loss":9}\n{"step":5,"lo');
+  appendFileSync(join(broken.output as string, 'log.jsonl'), 'null\n{"step":4,"loss":9}\n{"step":5,"lo');
   const drawn = join(broken.output as string, 'previews', 'step-00000099');
   mkdirSync(drawn);
   await run(broken, { checkpoint: first.folder });

@@ -3,6 +3,7 @@
 import { appendFileSync, existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { asUserError, readBytes, writeFileAtomic } from '../../io/files.ts';
+import { isRecord } from '../../io/json.ts';
 
 /** The log of a run that writes to `output`. */
 export const logFile = (output: string): string => join(output, 'log.jsonl');
@@ -23,7 +24,7 @@ export interface LogEntry {
   skipped?: string;
 }
 
-/** The entries of a log; a line cut short by a kill is passed over. */
+/** The entries of a log; a line cut short by a kill, or that is none, is passed over. */
 export function readLog(path: string): LogEntry[] {
   if (!existsSync(path)) return [];
   return readBytes(path)
@@ -31,7 +32,8 @@ export function readLog(path: string): LogEntry[] {
     .split('\n')
     .flatMap((line) => {
       try {
-        return [JSON.parse(line) as LogEntry];
+        const entry: unknown = JSON.parse(line);
+        return isRecord(entry) ? [entry as unknown as LogEntry] : [];
       } catch {
         return [];
       }
