@@ -48,6 +48,9 @@ test('run files', async (t) => {
     ...file('d', {}, "throw new Error('no coffee');"),
   );
   const own = "import { UserError } from 'sdxl';\nthrow new UserError('no milk: buy some');";
+  await refuses(t, 'throws no Error', /it throws an object that/, ...file('o', {}, 'throw { toString: 1 };'));
+  const endless = file('endless', {}, 'export default new Promise(() => {});');
+  await refuses(t, 'never comes', /it waits for a promise that nothing keeps; export the run/, ...endless);
   await refuses(t, 'throws a sentence', /^error: no milk: buy some$/, ...file('milk', {}, own));
   await refuses(t, 'exports nothing', /exports no run/, ...file('e', {}, 'export const run = 1;'));
   await refuses(

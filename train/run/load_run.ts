@@ -60,14 +60,33 @@ async function evaluate(path: string): Promise<unknown> {
     interopDefault: false, // a default export and nothing else is a run
   });
   try {
-    const loaded = (await jiti.import(resolve(path))) as { default?: unknown };
-    return await loaded.default;
+    return await beforeTheEnd(jiti.import<{ default?: unknown }>(resolve(path)).then((m) => m.default));
   } catch (error) {
     if (error instanceof UserError) throw error;
-    const reason = (error instanceof Error ? error.message : String(error))
+    const reason = spelled(error)
       .replace(/\s+/g, ' ')
       .replace(/\(0 , \w+\.(\w+)\)/g, '$1') // how jiti calls what a file imports
       .trim();
     throw new UserError(`${path} cannot be loaded: ${reason}`);
   }
+}
+
+/** What `work` gives; where the program has nothing left to do before it does, it would end without a word. */
+async function beforeTheEnd<R>(work: Promise<R>): Promise<R> {
+  let end = () => {};
+  const over = new Promise<never>((_, reject) => {
+    end = () => reject(new Error('it waits for a promise that nothing keeps; export the run itself'));
+  });
+  process.once('beforeExit', end);
+  try {
+    return await Promise.race([work, over]);
+  } finally {
+    process.off('beforeExit', end);
+  }
+}
+
+/** What was thrown, which may be anything; not every object has a text. */
+function spelled(thrown: unknown): string {
+  if (thrown instanceof Error) return thrown.message;
+  return typeof thrown === 'object' && thrown ? 'it throws an object that is no Error' : String(thrown);
 }
