@@ -2,8 +2,23 @@
 import { UserError } from './errors.ts';
 import { readText } from './files.ts';
 
+/** Lists and objects in each other: more than any file that is read here has. */
+const mostDepth = 64;
+
 /** The parsed JSON of `path`. @throws UserError when it cannot be read or is not JSON */
 export function readJson(path: string): unknown {
+  const value = parsed(path);
+  if (!isDeeper(value, mostDepth)) return value;
+  throw new UserError(`${path} has lists or objects more than ${mostDepth} deep: download it again`);
+}
+
+/** Whether lists and objects lie deeper in each other: what goes over them by recursion would run out of stack. */
+export const isDeeper = (value: unknown, most: number): boolean =>
+  typeof value === 'object' &&
+  value !== null &&
+  (most === 0 || Object.values(value).some((each) => isDeeper(each, most - 1)));
+
+function parsed(path: string): unknown {
   const text = readText(path);
   try {
     return JSON.parse(text);

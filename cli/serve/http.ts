@@ -2,7 +2,7 @@
 // server: there are a dozen fixed paths, and nothing of a framework would be used.
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http';
 import { UserError } from '../../io/errors.ts';
-import { isRecord } from '../../io/json.ts';
+import { isDeeper, isRecord } from '../../io/json.ts';
 import { inOneLine } from '../terminal.ts';
 import { type Rules, refusal } from './guard.ts';
 
@@ -159,12 +159,6 @@ async function jsonOf(request: IncomingMessage): Promise<Record<string, unknown>
     throw new UserError(`the body has lists or objects more than ${MOST_DEPTH} deep; no key takes such`);
   return value;
 }
-
-/** Whether lists and objects lie deeper in each other: what goes over them by recursion would run out of stack. */
-const isDeeper = (value: unknown, most: number): boolean =>
-  typeof value === 'object' &&
-  value !== null &&
-  (most === 0 || Object.values(value).some((each) => isDeeper(each, most - 1)));
 
 async function formOf(request: IncomingMessage): Promise<FormData> {
   const type = request.headers['content-type'] ?? '';

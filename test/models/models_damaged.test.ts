@@ -117,6 +117,16 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
       [/"num_hidden_layers" is 1000000000, not a whole number from 1 to 100/],
     ],
     [
+      'a list without end, of which not all is told',
+      telling('unet/config.json', { up_block_types: Array(5000).fill(1) }),
+      [/"up_block_types" is \[[1,]{4900,5000}\.\.\.\n$/],
+    ],
+    [
+      'lists in lists without end',
+      writing('unet/config.json', `{"act_fn": ${'['.repeat(1e5)}${']'.repeat(1e5)}}`),
+      [/unet\/config\.json has lists or objects more than 64 deep: download it again/],
+    ],
+    [
       'a width that is infinite',
       (model) => {
         const path = join(model, 'vae/config.json');
