@@ -87,7 +87,9 @@ export function applySettings(command: Command, path: string): string[] {
     if (value === undefined || local.includes(name) || isTyped(name)) continue;
     if ((typeof value === 'boolean') !== option.isBoolean()) throw damaged(path);
     if (said.includes(name)) continue;
-    const texts = (Array.isArray(value) ? value : [value]).map(String);
+    const all: unknown[] = Array.isArray(value) ? value : [value];
+    if (!all.every((each) => ['string', 'number', 'boolean'].includes(typeof each))) throw damaged(path);
+    const texts = all.map(String);
     const read = (text: string, before: unknown): unknown =>
       option.parseArg ? option.parseArg(text, before) : text;
     const first: unknown = listOptions.includes(name) ? [] : undefined;
