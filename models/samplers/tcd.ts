@@ -18,7 +18,8 @@ export function tcd(config: SchedulerConfig): Method {
       const eta = plan.eta ?? 0.3;
       const next = plan.timesteps[i + 1] ?? 0;
       const abar = alphasCumprod[plan.timesteps[i]];
-      const target = alphasCumprod[Math.floor((1 - eta) * next)];
+      // In float32, as torch has it: in float64 0.7 * 700 is below 490.
+      const target = alphasCumprod[Math.floor(Math.fround(Math.fround(1 - eta) * next))];
       const [alpha, sigma] = [Math.sqrt(abar), Math.sqrt(1 - abar)];
       const x0 = predictX0(config.prediction_type, output, x, alpha, sigma);
       const epsilon = predictEpsilon(config.prediction_type, output, x, alpha, sigma);

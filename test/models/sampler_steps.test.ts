@@ -8,6 +8,7 @@ import { scope } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
 import { parseSchedulerConfig, type SchedulerConfig } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
+import type { PlanOptions } from '../../models/samplers/sampler.ts';
 import { goldenFolder } from '../support/golden.ts';
 
 const sdxl = parseSchedulerConfig(
@@ -112,12 +113,17 @@ test("timesteps that students were distilled on, by numpy's rounding", (t) => {
 });
 
 /** Latents before and after the last step, and x_0 then, of a run whose network says something of its input and timestep. */
-function lastStep(name: string, config: Partial<SchedulerConfig>, steps: number): Float32Array[] {
+function lastStep(
+  name: string,
+  config: Partial<SchedulerConfig>,
+  steps: number,
+  options: PlanOptions = {},
+): Float32Array[] {
   const device = openDevice('auto');
   const x = (values: ArrayLike<number>) => tensor(Float32Array.from(values), [1, 2], { device });
   const sampler = createSampler(name, { ...sdxl, ...config });
   const loop = sampler.run(
-    sampler.plan(steps),
+    sampler.plan(steps, options),
     () => x([1, -0.5]),
     (input, timestep) => x([...input.floats()].map((value, i) => 0.3 * value + 0.1 * i + timestep / 1e4)),
     () => x([0.3, -0.2]),
@@ -200,6 +206,16 @@ test('x_0 is told within the range that the config sets, as in diffusers', (t) =
     [x0, [0.5, -0.4543]],
   ] as const)
     t.ok(theirs.every((value, i) => Math.abs(value - got[i]) < 1e-4));
+  t.end();
+});
+
+test("TCD's way to 0.7 of a timestep, which is whole in float32 alone, as in diffusers", (t) => {
+  const [first, last] = lastStep('tcd', {}, 2, { timesteps: [999, 700], eta: 0.3 });
+  for (const [got, theirs] of [
+    [first, [2.96274, -2.46025]],
+    [last, [7.14147, -6.68395]],
+  ] as const)
+    t.ok(theirs.every((value, i) => Math.abs(value - got[i]) < 2e-5));
   t.end();
 });
 
