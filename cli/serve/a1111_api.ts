@@ -64,6 +64,13 @@ async function draw(
   };
 }
 
+/** When something began so many seconds ago, as A1111 has it: the local time's digits. */
+function stampOf(seconds: number): string {
+  const began = new Date(Date.now() - 1000 * seconds);
+  const local = new Date(began.getTime() - 60_000 * began.getTimezoneOffset());
+  return local.toISOString().replace(/\D/g, '').slice(0, 14);
+}
+
 /** How far the picture at work is; the newest look at it, and a wish for the next. */
 function progress(queue: Queue, withImage: boolean): Reply {
   const working = queue.working();
@@ -78,7 +85,8 @@ function progress(queue: Queue, withImage: boolean): Reply {
       progress: share,
       eta_relative: share > 0 ? (seconds / share) * (1 - share) : 0,
       state: {
-        ...{ skipped: false, interrupted: false, job: working ? job : '', job_count: jobs, job_no: 0 },
+        ...{ skipped: false, interrupted: false, stopping_generation: false },
+        ...{ job: working ? job : '', job_timestamp: stampOf(seconds), job_count: jobs, job_no: 0 },
         ...{ sampling_step: working?.step ?? 0, sampling_steps: working?.steps ?? 0 },
       },
       current_image: withImage && working?.preview ? base64(working.preview) : null,

@@ -110,6 +110,9 @@ test('a page tells of every route', async (t) => {
   ] as const) {
     const working = { order: { settings, pictures: {} }, share: 0.5, step: 2, steps: 4, began: 0 };
     const state = await told('progress', { working: () => working, waiting: () => 0 });
-    t.match(state, { progress: 0.5, state: { job, job_count: 1, sampling_step: 2 } });
+    t.match(state, {
+      progress: 0.5,
+      state: { job, job_count: 1, sampling_step: 2, job_timestamp: /^20\d{12}$/ },
+    });
   }
 });
