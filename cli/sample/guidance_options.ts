@@ -99,7 +99,7 @@ const addAPGOptions = (command: Command): Command =>
     )
     .option(
       '--apg-momentum <F>',
-      `what the guidance of the steps before counts in each, -1 to 1; below 0 it leaves their way (default: ${usualAPG.momentum})`,
+      `how much of the guidance of the steps before is added to each, -1 to 1; below 0 it is taken away (default: ${usualAPG.momentum})`,
       number('--apg-momentum', { min: -1, max: 1 }),
     )
     .option(

@@ -96,7 +96,7 @@ test('guidance that is projected and ends, and with it the rows that it takes', 
     'text2img',
     {
       ...{ num_inference_steps: 6, guidance_scale: 5, guidance_stop: 0.5 },
-      adaptive_projected_guidance: { momentum: -0.5, rescale: 1, eta: 0 },
+      adaptive_projected_guidance: { momentum: -0.5, rescale: 0.3, eta: 0.5 },
     },
     { recorded: 2, replays: 2 },
   ));
