@@ -1,36 +1,13 @@
-// Training data: sources and the survey of their pictures (data_views.test.ts has what becomes of each, order.test.ts in what order).
-import { mkdirSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
-import { dirname, join } from 'node:path';
+// Training data: sources and the survey of their pictures. run_pictures.test.ts has which of them a run shows, data_views.test.ts what
+// becomes of each, order.test.ts in what order.
+import { rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
 import sharp from 'sharp';
 import { type Test, test } from 'tap';
 import { UserError } from '../../io/errors.ts';
-import type { Picture } from '../../io/pixels.ts';
-import { encodePng } from '../../io/png.ts';
 import { keyOf } from '../../train/data/draws.ts';
 import { survey } from '../../train/data/survey.ts';
-import { openPictures } from '../../train/pictures/pictures.ts';
-import { resolveRun } from '../../train/run/resolve_run.ts';
-import { openDataset } from '../support/datasets.ts';
-
-/** A picture in which every pixel differs from its neighbours. */
-function patterned(width: number, height: number, salt = 0): Picture {
-  const data = Uint8Array.from(
-    { length: width * height * 3 },
-    (_, i) => (i * 89 + salt * 31 + (i >> 5)) % 256,
-  );
-  return { width, height, channels: 3, data };
-}
-
-const png = (width = 8, height = 8, salt = 0) => encodePng(patterned(width, height, salt));
-
-function folderOf(t: Test, files: Record<string, string | Uint8Array>): string {
-  const folder = t.testdir({});
-  for (const [name, content] of Object.entries(files)) {
-    mkdirSync(dirname(join(folder, name)), { recursive: true });
-    writeFileSync(join(folder, name), content);
-  }
-  return folder;
-}
+import { folderOf, openDataset, png } from '../support/datasets.ts';
 
 const listed = async (path: string, caption_column = 'text') => {
   const { examples, problems } = await openDataset({ path, caption_column });
@@ -156,78 +133,6 @@ test('images beside pictures whose column has a dot in its name', async (t) => {
     [examples.map(({ id, beside }) => [id, beside?.id]), problems],
     [[['a.b.png', 'a.b.depth.v2.png']], []],
   );
-});
-
-test('folders that say how often their pictures are shown', async (t) => {
-  const path = folderOf(t, {
-    '3_ohwx man/a.png': png(),
-    '3_ohwx man/deep/b.png': png(8, 8, 1),
-    '1_dog/c.png': png(8, 8, 2),
-    'plain/2_d.png': png(8, 8, 3),
-  });
-  const shown = async (folder_repeats: boolean) => {
-    const dataset = { path, resolution: 8, instance_prompt: 'x', folder_repeats };
-    const { samples } = await openPictures(resolveRun({ dataset }, 'a run', 'x'), 8, {
-      line() {},
-      progress() {},
-    });
-    t.equal(new Set(samples.map(({ key }) => key)).size, samples.length, 'each with draws of its own');
-    return samples.map(({ id }) => id);
-  };
-  t.strictSame(await shown(false), [
-    '1_dog/c.png',
-    '3_ohwx man/a.png',
-    '3_ohwx man/deep/b.png',
-    'plain/2_d.png',
-  ]);
-  t.strictSame(await shown(true), [
-    '1_dog/c.png',
-    ...['', ' (2)', ' (3)'].map((copy) => `3_ohwx man/a.png${copy}`),
-    ...['', ' (2)', ' (3)'].map((copy) => `3_ohwx man/deep/b.png${copy}`),
-    'plain/2_d.png',
-  ]);
-});
-
-test('what stands around captions, but those of the class', async (t) => {
-  const path = folderOf(t, {
-    'own/a.png': png(),
-    'own/a.txt': 'a fox\nit runs',
-    'class/b.png': png(8, 8, 1),
-  });
-  const [own, class_data_dir] = ['own', 'class'].map((name) => join(path, name));
-  const affixes = { caption_prefix: 'ohwx,', caption_suffix: 'in a wood' };
-  const dataset = { path: own, resolution: 8, class_data_dir, class_prompt: 'animal', ...affixes };
-  const { samples } = await openPictures(resolveRun({ dataset }, 'a run', 'x'), 8, {
-    line() {},
-    progress() {},
-  });
-  t.strictSame(
-    samples.map(({ captions }) => captions),
-    [['ohwx, a fox in a wood', 'ohwx, it runs in a wood'], ['animal']],
-  );
-});
-
-test('pictures at several resolutions', async (t) => {
-  const path = folderOf(t, { 'a.png': png(40, 20), 'b.png': png(16, 16, 1) });
-  const dataset = { path, resolution: [16, 32], instance_prompt: 'x' };
-  const sizing = { aspect_ratio_buckets: true, bucket_no_upscale: true };
-  const open = (more: object) =>
-    openPictures(resolveRun({ dataset: { ...dataset, ...more } }, 'a run', 'x'), 8, {
-      line() {},
-      progress() {},
-    });
-  const { samples, buckets, bucketOf } = await open(sizing);
-  t.strictSame(
-    samples.map(({ id }, i) => [id, buckets[bucketOf[i]].join('x')]),
-    [
-      ['a.png', '16x24'],
-      ['a.png at 16x40', '16x40'],
-      ['b.png', '16x16'],
-    ],
-  );
-  t.equal(new Set(samples.map(({ key }) => key)).size, 3, 'each with draws of its own');
-  t.same((await open({})).bucketOf.length, 4, 'and enlarged');
-  await t.rejects(open({ resolution: [16, 20] }), /dataset\.resolution 20 is not divisible by 8/);
 });
 
 test('of a folder for each split the one that is asked for', async (t) => {

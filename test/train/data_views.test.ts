@@ -2,7 +2,6 @@
 import sharp from 'sharp';
 import { test } from 'tap';
 import { decodePicture } from '../../io/image.ts';
-import type { Picture } from '../../io/pixels.ts';
 import type { Size } from '../../models/text/conditioning.ts';
 import { allCaptions, captionOf } from '../../train/data/caption.ts';
 import { bucketSizes, nearestSize, openBuckets } from '../../train/pictures/buckets.ts';
@@ -11,18 +10,10 @@ import { spread, viewIn, viewsOf } from '../../train/pictures/pictures.ts';
 import { fill } from '../../train/run/fields.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import { fields } from '../../train/run/run_fields.ts';
+import { patterned } from '../support/datasets.ts';
 
 /** What a run has that says nothing of its dataset. */
 const defaults = fill(fields, {}, 'defaults').dataset;
-
-/** A picture in which every pixel differs from its neighbours. */
-function patterned(width: number, height: number, salt = 0): Picture {
-  const data = Uint8Array.from(
-    { length: width * height * 3 },
-    (_, i) => (i * 89 + salt * 31 + (i >> 5)) % 256,
-  );
-  return { width, height, channels: 3, data };
-}
 
 test('entries spread over all, not over the first', (t) => {
   const ten = Array.from({ length: 10 }, (_, i) => i);
