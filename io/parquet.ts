@@ -109,12 +109,16 @@ function groupsOf({ row_groups }: FileMetaData): Group[] {
 }
 
 // Zstandard came to Node with 22.15; snappy is hyparquet's own.
-const { zstdDecompressSync } = zlib as { zstdDecompressSync?: (bytes: Uint8Array) => Uint8Array };
+const { zstdDecompressSync } = zlib as { zstdDecompressSync?: typeof zlib.gunzipSync };
+
+/** Unpacks no more than a page is said to hold: a few bytes may be told to become gigabytes. */
+const bounded = (unpack: typeof zlib.gunzipSync) => (bytes: Uint8Array, length: number) =>
+  unpack(bytes, { maxOutputLength: Math.max(1, length) });
 
 const compressors = {
-  GZIP: (bytes: Uint8Array) => zlib.gunzipSync(bytes),
-  BROTLI: (bytes: Uint8Array) => zlib.brotliDecompressSync(bytes),
-  ...(zstdDecompressSync && { ZSTD: zstdDecompressSync }),
+  GZIP: bounded(zlib.gunzipSync),
+  BROTLI: bounded(zlib.brotliDecompressSync),
+  ...(zstdDecompressSync && { ZSTD: bounded(zstdDecompressSync) }),
 };
 
 function parquetError(error: unknown, path: string): unknown {

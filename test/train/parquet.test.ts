@@ -159,6 +159,11 @@ test('what is damaged is one sentence', async (t) => {
   writeFileSync(broken, bytes);
   const { examples } = await openDataset({ path: broken });
   await refused(t, Promise.all(examples.map((example) => example.read())), /cannot be read as parquet/);
+  const bomb = readFileSync(at('gzip-indexed'));
+  bomb.set(zlib.gzipSync(Buffer.alloc(100_000), { level: 9 }), bomb.indexOf(Buffer.of(0x1f, 0x8b, 8)));
+  writeFileSync(broken, bomb);
+  const packed = await openParquet(broken);
+  await refused(t, packed.readColumn(packed.columns[0]), /larger than \d{1,4} bytes/);
   const zstd = openDataset({ path: at('zstd') });
   if ('zstdDecompressSync' in zlib) t.equal((await zstd).examples.length, 3, 'Zstandard');
   else await refused(t, zstd, /ZSTD.*use Node 22\.15/);
