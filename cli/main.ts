@@ -7,7 +7,7 @@ import { asUserError } from '../io/files.ts';
 import { packageRoot } from '../io/package_root.ts';
 import { version } from './about.ts';
 import { spelledOut } from './aliases.ts';
-import { ownTerminal, printable, Stopped, type Terminal } from './terminal.ts';
+import { errorLine, ownTerminal, Stopped, type Terminal } from './terminal.ts';
 
 interface CommandFile {
   usage: string;
@@ -96,7 +96,7 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     if (error instanceof Stopped) return error.status;
     const told = asUserError(error, 'a file');
     if (!(told instanceof UserError)) throw error;
-    terminal.err(`error: ${printable(told.message.replace(/\s*[\r\n]\s*/g, ' '))}\n`);
+    terminal.err(`error: ${errorLine(told.message)}\n`);
     return 2;
   }
 }

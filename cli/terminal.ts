@@ -39,12 +39,16 @@ export function ownTerminal(): Terminal {
 /** A text that may be a stranger's, as names in a file are, without what would steer a screen. */
 export const printable = (text: string): string => text.replace(/[^\P{Cc}\n\t]/gu, '\ufffd');
 
+/** What is read of a text that may be a value of a damaged file, such as a list of a thousand numbers. */
+const shortened = (text: string, most: number): string =>
+  text.length > most ? `${text.slice(0, most)}...` : text;
+
 /** Such a text in a line that others follow, such as a log's: one line of it, and not all where it is long. */
-export function inOneLine(text: string): string {
-  const most = 500;
-  const shown = text.length > most ? `${text.slice(0, most)}...` : text;
-  return printable(shown.replace(/\s+/g, ' '));
-}
+export const inOneLine = (text: string): string => printable(shortened(text, 500).replace(/\s+/g, ' '));
+
+/** An error in one line, with all that a person may have use for. */
+export const errorLine = (message: string): string =>
+  printable(shortened(message.replace(/\s*[\r\n]\s*/g, ' '), 5000));
 
 /** A signal has ended the work in good order; `status` is the program's, as shells count. */
 export class Stopped extends Error {
