@@ -316,16 +316,16 @@ test('mistakes', async (t) => {
     ],
     [
       { ...ssd, transformer_layers_per_block: [1, [2], [1, 3]] },
-      /"transformer_layers_per_block" is \[1,\[2\],\[1,3\]\], not a whole number of at least 0, a list of 3, or one with lists of 2 in it/,
+      /"transformer_layers_per_block" is \[1,\[2\],\[1,3\]\], not a whole number from 0 to 100, a list of 3, or one with lists of 2 in it/,
     ],
     [{ ...ssd, transformer_layers_per_block: [1, [2, -1], 1] }, /"transformer_layers_per_block" is/],
     [
       { ...ssd, reverse_transformer_layers_per_block: null },
-      /"reverse_transformer_layers_per_block" is null, not a list of 3 whole numbers of at least 0 or lists of 3, which lists in "transformer_layers_per_block" ask for/,
+      /"reverse_transformer_layers_per_block" is null, not a list of 3 whole numbers from 0 to 100 or lists of 3, which lists in "transformer_layers_per_block" ask for/,
     ],
     [
       { ...bare, reverse_transformer_layers_per_block: [[2, 2], 1, 0] },
-      /"reverse_transformer_layers_per_block" is \[\[2,2\],1,0\], not a list of 3 whole numbers of at least 0 or lists of 3; is/,
+      /"reverse_transformer_layers_per_block" is \[\[2,2\],1,0\], not a list of 3 whole numbers from 0 to 100 or lists of 3; is/,
     ],
     [
       { ...bare, reverse_transformer_layers_per_block: 2 },

@@ -11,7 +11,7 @@ import { goldenFolder } from '../support/golden.ts';
 import { failingGpu } from '../virtual-gpu/failing.ts';
 
 /** Allocations from one that is refused to the next; the phases of a request take 20 or more each. */
-const STRIDE = 29;
+const STRIDE = 19;
 
 test('at each allocation in turn', async (t) => {
   const gpu = failingGpu(standInApi(anyHopper));

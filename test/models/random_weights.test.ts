@@ -112,7 +112,7 @@ test('configs of what is not built are refused, by the field', (t) => {
     [{ attention_head_dim: [1, 0] }, /"attention_head_dim" is \[1,0\], not/],
     [{ transformer_layers_per_block: [[1], [2]] }, /"transformer_layers_per_block" is \[\[1\],\[2\]\], not/],
     [{ block_out_channels: [16, 'x'] }, /"block_out_channels" is \[16,"x"\], not a list of widths/],
-    [{ layers_per_block: 0 }, /"layers_per_block" is 0, not a whole number of at least 1/],
+    [{ layers_per_block: 0 }, /"layers_per_block" is 0, not a whole number from 1 to 100/],
     [{ norm_eps: '1e-5' }, /"norm_eps" is "1e-5", not a number above 0/],
     [{ cross_attention_dim: null }, /"cross_attention_dim" is null, not a whole number/],
   ];
