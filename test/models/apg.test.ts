@@ -1,5 +1,5 @@
-// Adaptive projected guidance against diffusers' guider in whole calls (golden/apg.jsonl), and by hand; what it goes with, `sdxl sample`, and what
-// is refused. Recorded steps: cuda_recorded.test.ts.
+// Adaptive projected guidance against diffusers' guider in whole calls (golden/apg.jsonl), and by hand; what it goes with, `sdxl sample`, and
+// what is refused. Recorded steps: cuda_recorded.test.ts.
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -8,7 +8,6 @@ import { openDevice } from '../../engine/device.ts';
 import { preprocess } from '../../io/image.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
-import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { projection } from '../../models/unet/apg.ts';
 import { refusesEach } from '../support/command_line.ts';
@@ -19,6 +18,7 @@ import {
   latentsOf,
   pipelineOf,
   sampleSmall,
+  seeded,
   testCalls,
   testSample,
 } from '../support/golden_calls.ts';
@@ -27,12 +27,6 @@ import { writeTold } from '../support/told_golden.ts';
 testCalls(goldenLines<Call>('apg'), 4, 3);
 
 const apg = { momentum: -0.5, rescale: 1, eta: 0 };
-const seeded = (more: Partial<Asked> = {}): Asked => ({
-  ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
-  ...{ num_inference_steps: 4, guidance_scale: 5, generators: [new TorchGenerator(3)] },
-  ...more,
-});
-
 test('by hand: each image has a length, a direction and a sum of its own', (t) => {
   const guide = projection({ momentum: -0.5, rescale: 5, eta: 0.5 }, 2, [3, 2, 1, 1]);
   // Of each image [rest, change, text]; the last has neither change nor text, of which the length is 0.

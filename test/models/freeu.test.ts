@@ -3,7 +3,6 @@ import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
-import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { lowestWaves } from '../../models/unet/freeu.ts';
 import { refusesEach } from '../support/command_line.ts';
@@ -13,6 +12,7 @@ import {
   latentsOf,
   pipelineOf,
   sampleSmall,
+  seeded,
   testCalls,
   testSample,
 } from '../support/golden_calls.ts';
@@ -21,12 +21,6 @@ import { relativeError } from '../support/op_cases.ts';
 testCalls(goldenLines<Call>('freeu'), 6, 0);
 
 const freeu = { s1: 0.9, s2: 0.2, b1: 1.3, b2: 1.4 };
-const seeded = (more: Partial<Asked> = {}): Asked => ({
-  ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
-  ...{ num_inference_steps: 4, guidance_scale: 5, generators: [new TorchGenerator(3)] },
-  ...more,
-});
-
 test('the waves are those of the frequencies -1 and 0 of both axes', (t) => {
   for (const [h, w, rank] of [
     [1, 1, 1],

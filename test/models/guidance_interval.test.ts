@@ -5,13 +5,20 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { preprocess, preprocessControl } from '../../io/image.ts';
-import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { savedLatents } from '../support/contents.ts';
 import { picture } from '../support/controlnet_golden.ts';
 import { goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
-import { at, type Call, type Kind, latentsOf, pipelineOf, testCalls } from '../support/golden_calls.ts';
+import {
+  at,
+  type Call,
+  type Kind,
+  latentsOf,
+  pipelineOf,
+  seeded,
+  testCalls,
+} from '../support/golden_calls.ts';
 
 testCalls(goldenLines<Call>('guidance_interval'), 8, 2);
 
@@ -21,12 +28,6 @@ const inputs: Partial<Record<Kind, Partial<Asked>>> = {
   adapted: { ip_adapter_image: [picture(1, 117, 149)] },
   instruct_pix2pix: { image: preprocess(picture(4, 64, 64)) },
 };
-const seeded = (more: Partial<Asked> = {}): Asked => ({
-  ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
-  ...{ num_inference_steps: 4, guidance_scale: 5, generators: [new TorchGenerator(3)] },
-  ...more,
-});
-
 test('an interval of nothing is no guidance, and one of all is the whole of it', async (t) => {
   const device = openDevice('cpu');
   const before = device.memory.storages;

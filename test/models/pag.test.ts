@@ -1,7 +1,5 @@
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
-import { TorchGenerator } from '../../models/random/torch_random.ts';
-import type { Asked } from '../../models/request.ts';
 import { refusesEach } from '../support/command_line.ts';
 import { goldenLines, maxDifference } from '../support/golden.ts';
 import {
@@ -9,17 +7,12 @@ import {
   latentsOf,
   pipelineOf,
   sampleSmall,
+  seeded,
   testCalls,
   testSample,
 } from '../support/golden_calls.ts';
 
 testCalls(goldenLines<Call>('pag'), 12, 0);
-
-const seeded = (more: Partial<Asked> = {}): Asked => ({
-  ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
-  ...{ num_inference_steps: 4, guidance_scale: 5, generators: [new TorchGenerator(3)] },
-  ...more,
-});
 
 test('a scale of 0 leaves every bit as it is', async (t) => {
   const pipeline = pipelineOf('text2img', openDevice('cpu'));

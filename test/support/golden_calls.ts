@@ -1,5 +1,6 @@
 // Whole calls of diffusers' pipelines over the tiny models, recorded as deepcache.jsonl, pag.jsonl, t2i_adapter.jsonl, inpainting.jsonl,
-// instruct_pix2pix.jsonl and control_balance.jsonl have them: every fifth number of the latents. What they take beside tiny-sdxl is written into a folder that goes with the process.
+// instruct_pix2pix.jsonl and control_balance.jsonl have them: every fifth number of the latents. What they take beside tiny-sdxl is written
+// into a folder that goes with the process.
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -36,6 +37,13 @@ export interface Call {
   atol: number;
   values: string;
 }
+
+/** A guided call of a few steps, which is drawn from one seed. */
+export const seeded = (more: Partial<Asked> = {}): Asked => ({
+  ...{ prompt: 'a red fox in the snow', negative_prompt: 'rain', width: 64, height: 64 },
+  ...{ num_inference_steps: 4, guidance_scale: 5, generators: [new TorchGenerator(3)] },
+  ...more,
+});
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-calls-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
