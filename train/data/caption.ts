@@ -50,7 +50,8 @@ const joined = (tags: readonly string[], { caption_separator }: CaptionOptions):
 function undrawn(caption: string, options: CaptionOptions): string {
   const { keep_tokens_separator: separator } = options;
   if (!separator || !caption.includes(separator)) return caption;
-  return joined(Object.values(tagsOf(caption, options)).flat(), options);
+  const { before, movable, behind } = tagsOf(caption, options);
+  return joined([...before, ...movable, ...behind], options);
 }
 
 /** The tags of a caption that may be moved or left away, those before them and those behind. */
