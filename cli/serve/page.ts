@@ -1,6 +1,7 @@
 // The page of `sdxl serve` at /: a prompt, a picture that comes into being, and what can be said about it. It is one file without parts,
 // so that nothing has to be built or loaded, and asks the server's own routes as any program would. It heeds its own request alone, by
 // OpenAI's stream, and stops it by leaving: A1111's progress and interrupt are of whatever is at work, which may be someone else's.
+import { mostPartials } from './openai_api.ts';
 
 export const page = `<!doctype html>
 <html lang="en">
@@ -43,7 +44,7 @@ export const page = `<!doctype html>
 <script>
   const at = (id) => document.getElementById(id);
   const form = at('form');
-  const previews = 20;
+  const previews = ${mostPartials};
   const ask = (body, signal) => fetch('/v1/images/generations', {
     method: 'POST',
     headers: {
