@@ -89,7 +89,7 @@ function refuseFused(materials: Materials): void {
   const { run, pictures } = materials;
   if (!run.train.fused_backward_pass || mostPasses(materials) === 1) return;
   throw new UserError(
-    `train.fused_backward_pass moves weights in the one pass that an update has, and pictures of ${new Set(pictures.bucketOf).size} sizes share no pass; set batch_size to 1, or dataset.aspect_ratio_buckets to false`,
+    `train.fused_backward_pass moves weights in the one pass that an update has, and pictures of ${new Set(pictures.bucketOf).size} sizes share no pass; set batch_size to 1, or give all one size: dataset.aspect_ratio_buckets false, and one dataset.resolution`,
   );
 }
 

@@ -99,7 +99,12 @@ test('run files', async (t) => {
     [
       'fused-buckets',
       { batch_size: 2, dataset: { path: several, resolution: 64, aspect_ratio_buckets: true } },
-      /pictures of 2 sizes share no pass; set batch_size to 1, or dataset\.aspect_ratio_buckets to false/,
+      /pictures of 2 sizes share no pass; set batch_size to 1, or give all one size: .*, and one dataset\.resolution/,
+    ],
+    [
+      'fused-resolutions',
+      { batch_size: 2, dataset: { path: several, resolution: [64, 96] } },
+      /pictures of 2 sizes share no pass; .*, and one dataset\.resolution/,
     ],
   ] as const)
     await refuses(t, name, says, ...file(name, { train: { fused_backward_pass: true }, ...more }));

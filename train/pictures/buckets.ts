@@ -2,6 +2,7 @@
 // appendix I); at another resolution the same sides are scaled. A picture goes to the size nearest in aspect ratio by
 // logarithm, so that wide and tall ones are treated alike. One that would be enlarged may have a size of its own.
 import type { Size } from '../../models/text/conditioning.ts';
+import type { Run } from '../run/run.ts';
 
 /** [height, width]. The first, 704 x 1344, is the one wide size to which the paper has no tall twin. */
 const wideSizes: readonly Size[] = [
@@ -61,12 +62,8 @@ export function ownSize([height, width]: Size, resolution: number, step: number)
   return [side(height), side(width)];
 }
 
-/** What a dataset says of sizes (run.ts). */
-export interface Sizing {
-  resolution: number | readonly number[];
-  aspect_ratio_buckets: boolean;
-  bucket_no_upscale: boolean;
-}
+/** What a dataset says of sizes. */
+type Sizing = Pick<Run['dataset'], 'resolution' | 'aspect_ratio_buckets' | 'bucket_no_upscale'>;
 
 /** The resolutions of a dataset that names one or several. */
 export const resolutionsOf = ({ resolution }: Pick<Sizing, 'resolution'>): readonly number[] =>
