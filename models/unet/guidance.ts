@@ -85,7 +85,11 @@ export function finishing(
 ): ((said: Float32Array) => Float32Array) | undefined {
   if (!apg && guidance_rescale === 0) return undefined;
   const projected = apg ? projection(apg, guidance_scale, shape) : (said: Float32Array) => said;
-  return (said) => rescaled(projected(said), shape[0], guidance_rescale);
+  return (said) => {
+    const both = projected(said);
+    if (guidance_rescale === 0) return both.subarray(0, both.length / 2);
+    return rescaled(both, shape[0], guidance_rescale);
+  };
 }
 
 /** Of a guided prediction and the text's behind it the first, scaled toward the spread of the other, image by image (Lin et al. 2023). */
@@ -93,7 +97,7 @@ export function rescaled(both: Float32Array, images: number, guidanceRescale: nu
   const half = both.length / 2;
   const [guided, text] = [both.slice(0, half), both.subarray(half)];
   const size = half / images;
-  for (let i = 0; guidanceRescale > 0 && i < images; i++) {
+  for (let i = 0; i < images; i++) {
     const mine = guided.subarray(i * size, (i + 1) * size);
     const ratio = deviation(text.subarray(i * size, (i + 1) * size)) / deviation(mine);
     const factor = guidanceRescale * ratio + (1 - guidanceRescale);
