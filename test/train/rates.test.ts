@@ -177,7 +177,7 @@ test('of two rates of text encoders each has its own, and none is trained by 0',
         return [...a.map((x, k) => Math.abs(x - b[k]))];
       });
       const most = moved.reduce((a, b) => Math.max(a, b));
-      t.ok(rate === 0 ? most === 0 : Math.abs(most / rate - 1) < 1e-2, `${part}: ${most}, rate ${rate}`);
+      t.ok(rate === 0 ? most === 0 : Math.abs(most / rate - 1) < 1e-3, `${part}: ${most}, rate ${rate}`);
       for (const file of [before, after]) file.close();
     }
     const lora: RunInput = { ...basic(`${name}-lora`), ...own, train: { ...train, target: 'lora' } };
@@ -190,7 +190,7 @@ test('of two rates of text encoders each has its own, and none is trained by 0',
     for (const [i, part] of parts.entries()) {
       const rate = text_encoder_lr[i];
       t.ok(
-        rate === 0 ? most(part) === -1 : Math.abs(most(part) / rate - 1) < 1e-2,
+        rate === 0 ? most(part) === -1 : Math.abs(most(part) / rate - 1) < 1e-4,
         `adapters of ${part}: ${most(part)}, rate ${rate}`,
       );
     }
