@@ -10,6 +10,7 @@ import { bytesOf, type TensorEntry } from '../../io/safetensors.ts';
 import { type GgufEntry, type GgufValue, writeGgufInTurns } from '../../io/write_gguf.ts';
 import type { ModelSource } from '../checkpoint/checkpoint.ts';
 import { parseUNetConfig } from '../unet/unet.ts';
+import { unetKeyInSgm } from '../unet/unet_keys.ts';
 import {
   type Certificate,
   certify,
@@ -20,7 +21,6 @@ import {
   Outgoing,
   wholeModel,
 } from './export.ts';
-import { unetKeyInSgm } from './sgm_keys.ts';
 import { openSingleFile } from './singlefile.ts';
 import { openUNetFile } from './unet_file.ts';
 import { singleFileEntries } from './write_singlefile.ts';

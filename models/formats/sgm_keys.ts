@@ -1,65 +1,16 @@
 // diffusers' keys in the words of the original (generative-models, "SGM"), as sd_xl_base_1.0 and sd_xl_refiner_1.0 are
-// published in one file: which prefix each component has, how blocks are numbered, and what OpenCLIP keeps fused or transposed.
+// published in one file: which prefix each component has, the VAE's words, and what OpenCLIP keeps fused or transposed.
 // stable-diffusion.cpp wrote text encoders under names of its own until January 2026, and does so when told (--convert-name).
 // Each key is spelled in one direction alone: what is read is looked up by it, what is written is named by it.
 import type { Json } from '../checkpoint/checkpoint.ts';
-import { parseUNetConfig, type UNetConfig } from '../unet/unet.ts';
+import { parseUNetConfig } from '../unet/unet.ts';
+import { unetKeyInSgm } from '../unet/unet_keys.ts';
 
 /** Where a diffusers tensor lies: under `name`, perhaps as one third of a fused matrix, or transposed. */
 export interface Origin {
   name: string;
   third?: number;
   transposed?: boolean;
-}
-
-const resnetWords: Record<string, string> = {
-  norm1: 'in_layers.0',
-  conv1: 'in_layers.2',
-  time_emb_proj: 'emb_layers.1',
-  norm2: 'out_layers.0',
-  conv2: 'out_layers.3',
-  conv_shortcut: 'skip_connection',
-};
-
-const unetWords: Record<string, string> = {
-  'conv_in.': 'input_blocks.0.0.',
-  'time_embedding.linear_1.': 'time_embed.0.',
-  'time_embedding.linear_2.': 'time_embed.2.',
-  'add_embedding.linear_1.': 'label_emb.0.0.',
-  'add_embedding.linear_2.': 'label_emb.0.2.',
-  'mid_block.resnets.0.': 'middle_block.0.',
-  'mid_block.attentions.0.': 'middle_block.1.',
-  'mid_block.resnets.1.': 'middle_block.2.',
-  'conv_norm_out.': 'out.0.',
-  'conv_out.': 'out.2.',
-};
-
-type BlockLayout = Pick<UNetConfig, 'layers_per_block' | 'up_block_types'>;
-
-/**
- * A UNet key in the original's words (without its `model.diffusion_model.`), where blocks are numbered in one
- * row.
- */
-export function unetKeyInSgm(key: string, { layers_per_block: layers, up_block_types }: BlockLayout): string {
-  const resnetPart = (rest: string) => rest.replace(/^\w+/, (word) => resnetWords[word] ?? word);
-  const found = /^(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)$/.exec(
-    key,
-  );
-  if (!found) {
-    const prefix = Object.keys(unetWords).find((word) => key.startsWith(word)) ?? '';
-    const rest = key.slice(prefix.length);
-    return (unetWords[prefix] ?? '') + (prefix.includes('resnets') ? resnetPart(rest) : rest);
-  }
-  const [, way, level, part, layer, rest] = found;
-  const [i, j] = [Number(level), Number(layer)];
-  const row =
-    way === 'down'
-      ? `input_blocks.${1 + i * (layers + 1) + (part === 'downsamplers' ? layers : j)}`
-      : `output_blocks.${i * (layers + 1) + (part === 'upsamplers' ? layers : j)}`;
-  if (part === 'resnets') return `${row}.0.${resnetPart(rest)}`;
-  if (part === 'attentions') return `${row}.1.${rest}`;
-  if (part === 'downsamplers') return `${row}.0.${rest.replace(/^conv/, 'op')}`;
-  return `${row}.${up_block_types[i].startsWith('CrossAttn') ? 2 : 1}.${rest}`;
 }
 
 const vaeWords: readonly (readonly [RegExp, string])[] = [

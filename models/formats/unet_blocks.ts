@@ -3,7 +3,7 @@
 // UNet's blocks keep these numbers; those that its middle block lacks are empty.
 
 import type { UNetConfig } from '../unet/unet.ts';
-import { unetKeyInSgm } from './sgm_keys.ts';
+import { unetKeyInSgm } from '../unet/unet_keys.ts';
 
 type Layout = Pick<UNetConfig, 'layers_per_block' | 'up_block_types'>;
 

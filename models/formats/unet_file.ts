@@ -8,10 +8,11 @@ import type { TensorInfo } from '../../io/tensor_file.ts';
 import { type Json, loneSource, type ModelSource } from '../checkpoint/checkpoint.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import { parseUNetConfig } from '../unet/unet.ts';
+import { unetKeyInSgm } from '../unet/unet_keys.ts';
 import { classOf } from './components.ts';
 import { componentConfigs } from './diffusers_config.ts';
 import { presets } from './presets.ts';
-import { loneUNet, unetKeyInSgm } from './sgm_keys.ts';
+import { loneUNet } from './sgm_keys.ts';
 import { translated } from './singlefile.ts';
 import { toldIn } from './unet_told.ts';
 

@@ -3,7 +3,7 @@
 import type { Json } from '../checkpoint/checkpoint.ts';
 import { parseUNetConfig, type UNetConfig } from '../unet/unet.ts';
 import type { Depths } from '../unet/unet_encoder.ts';
-import { unetKeyInSgm } from './sgm_keys.ts';
+import { unetKeyInSgm } from '../unet/unet_keys.ts';
 
 /** Where the UNet's tensors are: behind a prefix, in the original's words or diffusers'. */
 interface Spelling {

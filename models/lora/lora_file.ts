@@ -25,9 +25,9 @@ import { byPattern, type PeftConfig, peftConfigs, peftRoot } from '../adapters/p
 import { weightFile } from '../checkpoint/save.ts';
 import { allFinite } from '../checkpoint/weights.ts';
 import { isWeightsFile } from '../checkpoint/weights_file.ts';
-import { unetKeyInSgm } from '../formats/sgm_keys.ts';
 import { isIPAdapter } from '../ip_adapter/ip_adapter.ts';
 import type { UNetConfig } from '../unet/unet.ts';
+import { unetKeyInSgm } from '../unet/unet_keys.ts';
 
 /**
  * The models an adapter may change; parts of a file for an absent one are an error like any unmatched name.

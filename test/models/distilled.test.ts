@@ -16,7 +16,6 @@ import { type ModelSource, openComponent, openModel } from '../../models/checkpo
 import { controlnet, parseControlNetConfig } from '../../models/control/controlnet.ts';
 import { componentConfigs } from '../../models/formats/diffusers_config.ts';
 import { presets } from '../../models/formats/presets.ts';
-import { unetKeyInSgm } from '../../models/formats/sgm_keys.ts';
 import { openSingleFile } from '../../models/formats/singlefile.ts';
 import { openUNetFile } from '../../models/formats/unet_file.ts';
 import { toldIn } from '../../models/formats/unet_told.ts';
@@ -26,6 +25,7 @@ import { denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';
 import type { Asked } from '../../models/request.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
+import { unetKeyInSgm } from '../../models/unet/unet_keys.ts';
 import { toDevice } from '../../models/vae/latents.ts';
 import { planOf } from '../../train/plan.ts';
 import type { RunInput } from '../../train/run/run.ts';
