@@ -12,7 +12,7 @@ import { concat, copy, embedding, slice } from '../engine/ops/move.ts';
 import { cast } from '../engine/ops/unary.ts';
 import { scope } from '../engine/scope.ts';
 import { type Tensor, tensor } from '../engine/tensor.ts';
-import { type PlacedControl, partsOf, residualsOf } from './control/multicontrolnet.ts';
+import { type PlacedControl, partsOf, residualsOf, steeringOf } from './control/multicontrolnet.ts';
 import {
   type DenoiserPlan,
   type GuidanceRequest,
@@ -71,7 +71,7 @@ interface Parts {
 /** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
 export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan: DenoiserPlan): Denoiser {
   const { device, text, adapter, ipAdapter } = model;
-  const { shape, controls, calls } = plan;
+  const { shape, calls } = plan;
   const [images] = shape;
   const [from, to] = plan.guided ? guidedCalls(request, calls) : [0, 0];
   const isCut = plan.guided && (from > 0 || to < calls);
@@ -83,13 +83,12 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
     for (const { module } of [...adapter, ...ipAdapter]) unload(module);
     device.memory.trim();
   }
-  const placed = controls.map((control, i): PlacedControl => ({ ...control, picture: inputs.pictures[i] }));
   const [guided, unguided] = [sideOf(plan, inputs, true), sideOf(plan, inputs, false)];
   const isGuided = (i: number): boolean => i >= from && i < to;
   const partsAt = (i: number): Parts => {
     const side = isGuided(i) ? guided : unguided;
     return {
-      on: partsOf(placed, i, calls),
+      on: partsOf(inputs.placed, i, calls),
       within: i < plan.followedCalls ? side.rows.features : undefined,
       told: side.told[plan.told.at[i]],
       side,
@@ -151,6 +150,7 @@ function passOver(
       timeIds,
       guidance,
       images: tokens,
+      steering: steeringOf(on),
       perturbed,
       freeu,
       ...ofTexts,

@@ -4,10 +4,12 @@
 import type { Seamless } from '../engine/circular.ts';
 import type { Device } from '../engine/device.ts';
 import { concat, slice } from '../engine/ops/move.ts';
-import { keep } from '../engine/scope.ts';
+import { keep, tensorsIn } from '../engine/scope.ts';
 import { empty, type Tensor, tensor, zeros } from '../engine/tensor.ts';
 import type { FloatDType } from '../io/dtype.ts';
-import type { AnyControlNet, Control } from './control/multicontrolnet.ts';
+import { type AnyControlNet, isLLLite } from './control/controlnet_kinds.ts';
+import { steeringBy } from './control/lllite.ts';
+import type { Control, PlacedControl } from './control/multicontrolnet.ts';
 import { type Followed, featuresOf, type T2IAdapter } from './control/t2i_adapter.ts';
 import { type ImagePrompt, imageTokens } from './ip_adapter/image_prompt.ts';
 import type { IPAdapter } from './ip_adapter/ip_adapter.ts';
@@ -18,7 +20,7 @@ import type { FreeU } from './unet/freeu.ts';
 import type { GuidanceInterval, GuidanceNumbers } from './unet/guidance.ts';
 import type { PAG } from './unet/pag.ts';
 import type { ImageTokens } from './unet/transformer.ts';
-import type { UNet } from './unet/unet.ts';
+import type { UNet, UNetConfig } from './unet/unet.ts';
 import { type Latents, toDevice } from './vae/latents.ts';
 
 /** The part of a request that says what to denoise towards, and how strongly. */
@@ -37,6 +39,7 @@ export interface GuidedModel {
   dtype: FloatDType;
   text: TextStack;
   unet: UNet;
+  unetConfig: UNetConfig;
   /** What controls the UNet, if anything does. */
   controlnet: readonly AnyControlNet[];
   /** T2I-Adapters, which are asked but once. */
@@ -186,11 +189,17 @@ export function placeInputs(
     step: empty([1], { device, dtype: 'int32' }),
     pagScales: tensor([...timesteps].map(pag?.scaleAt ?? (() => 0)), [timesteps.length, 1], { device }),
   };
-  const pictures = controls.map(({ image }) => toDevice(image, device, dtype));
+  const placed = controls.map((control): PlacedControl => {
+    const { net, image, scale } = control;
+    const picture = toDevice(image, device, dtype);
+    const steering = isLLLite(net) ? steeringBy(net, net(picture), model, scale) : undefined;
+    return { ...control, picture, steering };
+  });
   const all = allRows(model, encoded, plan);
   // Without guidance the text's rows are left, and the perturbed ones behind them.
   const unguided = isCut ? someRows(all, images, pag ? 2 * images : images) : all;
-  const kept = [...Object.values(inputs), ...pictures, ...tensorsOf(all), ...tensorsOf(unguided)].map(keep);
+  const ofControls = placed.flatMap((each) => [...tensorsIn([each.picture, each.steering])]);
+  const kept = [...Object.values(inputs), ...ofControls, ...tensorsOf(all), ...tensorsOf(unguided)].map(keep);
   const truncated = [...new Set(encoded.flatMap((each) => each.truncated))];
-  return { ...inputs, pictures, rows: { guided: all, unguided }, kept, truncated };
+  return { ...inputs, placed, rows: { guided: all, unguided }, kept, truncated };
 }

@@ -14,6 +14,7 @@ import { matchParameters, sourceOf, type WeightInfo, type WeightSource } from '.
 import { openWeightsFile } from './checkpoint/weights_file.ts';
 import { asWeightsTell } from './control/controlnet_union.ts';
 import { kindOf } from './control/inpainting.ts';
+import { isLLLiteFile, openLLLite } from './control/lllite.ts';
 import { isT2IAdapter, openT2IAdapterFile } from './control/t2i_adapter.ts';
 import { buildComponent, classOf } from './formats/components.ts';
 import { markedIn } from './formats/marks.ts';
@@ -192,6 +193,7 @@ function inspectFile(path: string): Inspection {
     };
     const coder = kindOfCoder(file);
     if (coder) return opened(coder, 'vae', openVaeFile);
+    if (isLLLiteFile(names)) return opened('ControlNet-LLLite', 'controlnet', openLLLite);
     if (isT2IAdapter(names)) return opened('T2I-Adapter in one file', 'adapter', openT2IAdapterFile);
     const kind = kindOfComponent(names, existsSync(join(dirname(path), 'config.json')));
     return { ...base, kind, components, problems };

@@ -3,6 +3,7 @@
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { checkInpainting } from '../../models/control/inpainting.ts';
 import { checkInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
+import { checkLLLiteSize, isLLLiteSource, llliteConfig } from '../../models/control/lllite.ts';
 import { checkControlModes } from '../../models/control/multicontrolnet.ts';
 import { checkSquares, t2iAdapterConfig } from '../../models/control/t2i_adapter.ts';
 import { askedPictures } from '../../models/ip_adapter/image_prompt.ts';
@@ -70,8 +71,11 @@ export function planCall(
   const sizes = sizesOf(source, vaeSource);
   const canvas = canvasOf(options, sizes, inputs);
   const larger = hiresSize(options, canvas, wholeSide(options, sizes));
-  for (const { width, height } of larger ? [canvas, larger] : [canvas])
+  for (const { width, height } of larger ? [canvas, larger] : [canvas]) {
     for (const each of under.adapter) checkSquares(t2iAdapterConfig(each), [height, width]);
+    for (const each of under.controlnet.filter(isLLLiteSource))
+      checkLLLiteSize(llliteConfig(each), [height, width]);
+  }
   const written = writtenSize(larger ?? canvas.written, options, upscalers);
   const decoder = autoencoder((vaeSource ?? refinerSource ?? source).config('vae'));
   checkDecode(decoder, larger ?? canvas, options.vaeTiling);

@@ -1,38 +1,23 @@
 // Several ControlNets at work on one image, as diffusers' MultiControlNetModel: each has a picture, a scale and a part of the
-// steps, and what they give is summed. Outside its part a ControlNet is not run, where diffusers runs it and takes it times 0. One that
-// is given more than once is loaded once; a union one (controlnet_union.ts) then sees its pictures together, and alone among ControlNets
-// takes the scales for them and not for what it gives: as diffusers has it.
-import type { Device } from '../../engine/device.ts';
-import { holding } from '../../engine/memory.ts';
+// steps, and what they give is summed. Outside its part a ControlNet is not run, where diffusers runs it and takes it times 0. A union
+// (controlnet_union.ts) that is given more than once sees its pictures together, and alone among ControlNets takes the scales for them and
+// not for what it gives: as diffusers has it.
 import { add } from '../../engine/ops/binary.ts';
 import { concat, slice } from '../../engine/ops/move.ts';
 import { scale, scaled } from '../../engine/ops/unary.ts';
 import { Tensor } from '../../engine/tensor.ts';
-import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
 import type { ModelSource } from '../checkpoint/checkpoint.ts';
 import type { Size } from '../text/conditioning.ts';
-import { keepInQ8 } from '../unet/q8.ts';
-import type { AdditionalResiduals, UNetConfig } from '../unet/unet.ts';
+import type { Steering } from '../unet/transformer.ts';
+import type { AdditionalResiduals } from '../unet/unet.ts';
 import type { Question } from '../unet/unet_encoder.ts';
 import type { Latents } from '../vae/latents.ts';
 import { balancesOf, type ControlBalance, type Weights, weights } from './control_balance.ts';
-import {
-  additionalResiduals,
-  type ControlNet,
-  type ControlNetConfig,
-  controlnet,
-  controlRatio,
-  parseControlNetConfig,
-} from './controlnet.ts';
-import {
-  type ControlNetUnion,
-  controlModes,
-  controlnetUnion,
-  parseControlNetUnionConfig,
-  unionConfigOf,
-} from './controlnet_union.ts';
-import { latentChannelsOf } from './inpainting.ts';
+import { additionalResiduals } from './controlnet.ts';
+import { type AnyControlNet, isLLLite, isUnion } from './controlnet_kinds.ts';
+import { controlModes, unionConfigOf } from './controlnet_union.ts';
+import { checkLLLiteSize, joined, type LLLite } from './lllite.ts';
 
 /** One number for all ControlNets, or a list with one, or nothing, for each. */
 type Each = number | readonly (number | undefined)[];
@@ -58,17 +43,6 @@ export interface ControlRequest {
   control_balance?: ControlBalance | readonly (ControlBalance | undefined)[];
 }
 
-/** A ControlNet of either kind. */
-export type AnyControlNet = ControlNet | ControlNetUnion;
-
-export const isUnion = (net: AnyControlNet): net is ControlNetUnion => 'task_embedding' in net.children;
-
-/** One that is known to be no union: training loads none. */
-export function ofOneKind(net: AnyControlNet): ControlNet {
-  if (isUnion(net)) throw new Error('a ControlNet union where one of one kind belongs');
-  return net;
-}
-
 /** A ControlNet and what it is asked to do. */
 export interface Control {
   net: AnyControlNet;
@@ -82,98 +56,6 @@ export interface Control {
   /** Whether the prompt's prediction alone is controlled, and the negative one's is not. */
   promptAlone: boolean;
 }
-
-/** What is beside a UNet has to fit. */
-export interface Fitting {
-  unet: UNetConfig;
-  /** Pixels per latent of the VAE. */
-  ratio: number;
-}
-
-/** Loads ControlNets onto a device, each once. @throws UserError where one does not fit its config, or the UNet and the VAE */
-export function loadControlNets(
-  sources: readonly ModelSource[],
-  fitting: Fitting,
-  device: Device,
-  dtype: FloatDType,
-  { q8 = false } = {},
-): AnyControlNet[] {
-  const loaded = new Map<string, AnyControlNet>();
-  return sources.map((source) => {
-    const net = loaded.get(source.path) ?? loadAny(source, fitting, device, dtype, q8);
-    loaded.set(source.path, net);
-    return net;
-  });
-}
-
-function loadAny(
-  source: ModelSource,
-  fitting: Fitting,
-  device: Device,
-  dtype: FloatDType,
-  q8: boolean,
-): AnyControlNet {
-  const union = unionConfigOf(source);
-  if (!union) return loadControlNet(source, fitting, device, dtype, { q8 });
-  const config = parseControlNetUnionConfig(union, `the config.json of ${source.path}`);
-  checkFits(source, config, fitting);
-  return filled(controlnetUnion(config), source, device, dtype, q8);
-}
-
-/** Loads one that is no union. @throws UserError where it does not fit its config, or the UNet and the VAE */
-export function loadControlNet(
-  source: ModelSource,
-  fitting: Fitting,
-  device: Device,
-  dtype: FloatDType,
-  { gradientCheckpointing = false, q8 = false }: { gradientCheckpointing?: boolean; q8?: boolean } = {},
-): ControlNet {
-  if (unionConfigOf(source))
-    throw new UserError(
-      `${source.path} is a ControlNet union, which sdxl sample draws with and sdxl train does not train: give a ControlNet of one kind`,
-    );
-  const config = parseControlNetConfig(source.config('controlnet'), `the config.json of ${source.path}`);
-  checkFits(source, config, fitting);
-  return filled(controlnet(config, { gradientCheckpointing }), source, device, dtype, q8);
-}
-
-/** With its weights read. */
-function filled<N extends AnyControlNet>(
-  net: N,
-  source: ModelSource,
-  device: Device,
-  dtype: FloatDType,
-  q8: boolean,
-): N {
-  if (q8) keepInQ8(net);
-  holding('controlnet', () => source.load('controlnet', net, device, dtype));
-  return net;
-}
-
-function checkFits(source: ModelSource, config: ControlNetConfig, { unet, ratio }: Fitting): void {
-  const wanted = { ...unet, in_channels: latentChannelsOf(unet) };
-  for (const key of sharedKeys) {
-    const [own, other] = [config[key], wanted[key]].map((value) => JSON.stringify(value));
-    if (own !== other)
-      throw new UserError(
-        `the ControlNet of ${source.path} has "${key}" ${own} and the UNet ${other}${key === 'in_channels' ? ' of latents' : ''}: take one that was made for this model`,
-      );
-  }
-  if (controlRatio(config) !== ratio)
-    throw new UserError(
-      `the ControlNet of ${source.path} takes ${controlRatio(config)} pixels to a latent and the VAE ${ratio}: take one that was made for this model`,
-    );
-}
-
-/** What decides the shapes of inputs and features, in which a ControlNet cannot differ from its UNet. */
-const sharedKeys = [
-  'in_channels',
-  'block_out_channels',
-  'layers_per_block',
-  'cross_attention_dim',
-  'addition_time_embed_dim',
-  'projection_class_embeddings_input_dim',
-] as const;
 
 type NumbersOf = 'controlnet_conditioning_scale' | 'control_guidance_start' | 'control_guidance_end';
 
@@ -206,7 +88,7 @@ export function controlsOf(
     }),
   );
   const groups = [...byNet(controls).values()];
-  for (const group of groups) checkGroup(group, groups.length === 1);
+  for (const group of groups) checkGroup(group, groups.length === 1, size);
   return controls;
 }
 
@@ -237,10 +119,11 @@ function numbersOf(
 }
 
 /** @throws UserError for what one ControlNet cannot be asked of its pictures */
-function checkGroup(group: readonly Control[], isAlone: boolean): void {
+function checkGroup(group: readonly Control[], isAlone: boolean, size: Size): void {
   const [{ net, scale, weights, promptAlone }] = group;
   for (const { mode } of group)
     checkMode(isUnion(net) ? net.children.task_embedding.shape[0] : undefined, mode);
+  if (isLLLite(net)) checkLLLiteGroup(net, group, size);
   if (!isUnion(net)) return;
   if (group.some((each) => each.weights !== weights || each.promptAlone !== promptAlone))
     throw new UserError(
@@ -250,6 +133,15 @@ function checkGroup(group: readonly Control[], isAlone: boolean): void {
     throw new UserError(
       'beside other ControlNets a ControlNet union has one scale for all of its pictures: give each the same controlnet_conditioning_scale',
     );
+}
+
+/** @throws UserError for what an LLLite cannot be asked, or a size that it does not see in whole squares */
+function checkLLLiteGroup(net: LLLite, [{ weights, promptAlone }]: readonly Control[], size: Size): void {
+  if (weights !== 'alike' || promptAlone)
+    throw new UserError(
+      'a ControlNet-LLLite adds nothing to the features that guess_mode (--guess-mode) and control_balance (--control-balance) weigh: leave them out',
+    );
+  checkLLLiteSize(net.config, size);
 }
 
 /** What can be told of modes before weights are read. @throws UserError where a union's picture has none, or another's has one */
@@ -321,14 +213,23 @@ export function partsOf(
 }
 
 /** A Control whose picture is on the device, [1, height, width, 3]. */
-export type PlacedControl = Control & { picture: Tensor };
+export interface PlacedControl extends Control {
+  picture: Tensor;
+  /** What an LLLite does. */
+  steering?: Steering;
+}
 
-/** What those that are on add to the UNet that is asked the same. Guided, the negative prompts' rows come first. */
+/** What those that are on add to what the UNet's attentions read. */
+export const steeringOf = (on: readonly PlacedControl[]): Steering | undefined =>
+  joined(on.flatMap(({ steering }) => (steering ? [steering] : [])));
+
+/** What those that are on add to the features of the UNet that is asked the same. Guided, the negative prompts' rows come first. */
 export function residualsOf(
-  on: readonly PlacedControl[],
+  running: readonly PlacedControl[],
   question: Question,
   guided: boolean,
 ): AdditionalResiduals | undefined {
+  const on = running.filter(({ net }) => !isLLLite(net));
   if (on.length === 0) return undefined;
   const ofPrompt = (each: Control) => guided && each.promptAlone;
   const [alone, others] = [on.filter(ofPrompt), on.filter((each) => !ofPrompt(each))];
@@ -349,7 +250,8 @@ const sumOf = (controls: readonly PlacedControl[], question: Question, beside: b
   added([...byNet(controls)].flatMap(([net, group]) => givenBy(net, group, question, beside)));
 
 /** How many features it adds to, beside the middle block's output. */
-const featuresOf = (net: AnyControlNet): number => net.children.controlnet_down_blocks.length;
+const featuresOf = (net: AnyControlNet): number =>
+  isLLLite(net) ? 0 : net.children.controlnet_down_blocks.length;
 
 /** What a ControlNet makes of its pictures, one after the other, or a union of all of them together. */
 function givenBy(
@@ -360,6 +262,7 @@ function givenBy(
 ): Tensor[][] {
   const weighed = (residuals: readonly Tensor[], control: Control, factor: number) =>
     residuals.map((x, i) => scaled(x, factor * weights[control.weights](i, featuresOf(net))));
+  if (isLLLite(net)) return [];
   if (!isUnion(net))
     return controls.map((control) => weighed(net(question, control.picture), control, control.scale));
   // Of several pictures in a union alone the scales are theirs.

@@ -23,7 +23,7 @@ import { sourceOf, type WeightSource } from '../checkpoint/weights.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import type { Size } from '../text/conditioning.ts';
 import { times } from '../unet/unet_encoder.ts';
-import type { Fitting } from './multicontrolnet.ts';
+import type { Fitting } from './controlnet_kinds.ts';
 
 /** The fields of diffusers' config.json that SDXL's T2I-Adapters may differ in. */
 export interface T2IAdapterConfig {

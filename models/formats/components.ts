@@ -9,6 +9,7 @@ import type { FloatDType } from '../../io/dtype.ts';
 import type { Json } from '../checkpoint/checkpoint.ts';
 import { controlnet, controlRatio, parseControlNetConfig } from '../control/controlnet.ts';
 import { controlnetUnion, parseControlNetUnionConfig } from '../control/controlnet_union.ts';
+import { LLLITE, type LLLiteConfig, lllite } from '../control/lllite.ts';
 import { parseT2IAdapterConfig, t2iAdapter } from '../control/t2i_adapter.ts';
 import { parseVisionConfig, visionEncoder } from '../ip_adapter/clip_vision.ts';
 import { parseTextConfig, placeTokens, textEncoder } from '../text/clip.ts';
@@ -35,6 +36,7 @@ export function buildComponent(config: Json): Component | undefined {
   if (name === 'UNet2DConditionModel') return unetComponent(config);
   if (name === 'ControlNetModel') return controlnetComponent(config);
   if (name === 'ControlNetUnionModel') return controlnetUnionComponent(config);
+  if (name === LLLITE) return llliteComponent(config);
   if (name === 'T2IAdapter') return t2iAdapterComponent(config);
   if (name === 'AutoencoderKL' || name === 'AutoencoderTiny') return autoencoderComponent(config);
   if (name === 'CLIPVisionModelWithProjection') return visionComponent(config);
@@ -102,6 +104,13 @@ function controlnetUnionComponent(json: Json): Component {
       const side = question.sample.shape[1] * controlRatio(config);
       return module(question, [{ picture: wave([1, side, side, 3], device, dtype), mode: 0, weight: 1 }]);
     });
+  return { module, probe };
+}
+
+function llliteComponent({ layers }: Json): Component {
+  const module = lllite(layers as LLLiteConfig);
+  const probe = (device: Device, dtype: FloatDType) =>
+    outputs(() => [...module(wave([1, 32, 32, 3], device, dtype)).values()]);
   return { module, probe };
 }
 

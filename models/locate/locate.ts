@@ -8,13 +8,14 @@ import { readJsonObject } from '../../io/json.ts';
 import {
   type ModelSource,
   openComponent,
-  openComponentFile,
   openModel,
   variantNames,
   variantOf,
 } from '../checkpoint/checkpoint.ts';
 import { isWeightsFile, openWeightsFile, refusePickle } from '../checkpoint/weights_file.ts';
+import { openControlNetFile } from '../control/controlnet_kinds.ts';
 import { asItsWeightsTell } from '../control/controlnet_union.ts';
+import { LLLITE } from '../control/lllite.ts';
 import { openT2IAdapterFile, t2iAdapterConfig } from '../control/t2i_adapter.ts';
 import { classOf } from '../formats/components.ts';
 import { layoutOf } from '../formats/sgm_keys.ts';
@@ -175,11 +176,12 @@ export async function locateTae(path: string, options: LocateOptions = {}): Prom
   return source;
 }
 
-/** Those of one kind, and of several (models/control/controlnet_union.ts), which their author calls otherwise. */
+/** Those of one kind, of several (models/control/controlnet_union.ts), which their author calls otherwise, and kohya's. */
 const controlNetClasses: readonly string[] = [
   'ControlNetModel',
   'ControlNetUnionModel',
   'ControlNetModel_Union',
+  LLLITE,
 ];
 
 /** @throws UserError where a lone component's config names another class */
@@ -203,7 +205,7 @@ export function ofClass(
 export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend =
     "a ControlNet's folder, its .safetensors or .gguf file or a hub id, perhaps with a file such as xinsir/controlnet-union-sdxl-1.0/diffusion_pytorch_model_promax.safetensors";
-  const kind = { what: 'ControlNet', subfolder: 'controlnet', mend, openFile: openComponentFile };
+  const kind = { what: 'ControlNet', subfolder: 'controlnet', mend, openFile: openControlNetFile };
   const source = await locateComponent(path, kind, options);
   return asItsWeightsTell(ofClass(source, controlNetClasses, 'a ControlNet that sdxl runs', mend));
 }

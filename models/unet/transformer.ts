@@ -3,11 +3,13 @@
 // computed once an image when the conditioning carries a ContextCache; training passes none. IP-Adapters have keys and values of
 // their own for each attention over the prompt, whose result is added to the prompt's (Ye et al. 2023).
 import type { checkpointed } from '../../engine/checkpointing.ts';
-import { groupNorm, layerNorm, linear } from '../../engine/layers.ts';
+import { groupNorm, type Linear, layerNorm, linear } from '../../engine/layers.ts';
 import { type Module, module } from '../../engine/module.ts';
 import { attention as attentionOp } from '../../engine/ops/attention.ts';
 import { add, mul } from '../../engine/ops/binary.ts';
 import { concat, slice } from '../../engine/ops/move.ts';
+import { broadcast } from '../../engine/ops/reduce.ts';
+import { scaled } from '../../engine/ops/unary.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import { type ContextCache, once } from './context_cache.ts';
 import type { FreeU } from './freeu.ts';
@@ -17,6 +19,17 @@ import type { FreeU } from './freeu.ts';
  * is multiplied by, [n, l, width]; a ControlNet's have none.
  */
 export type ImageTokens = ReadonlyMap<Attention['children'], readonly [k: Tensor, v: Tensor, mask?: Tensor]>;
+
+/** What a ControlNet-LLLite adds to what a projection reads: `scale` times what its layer makes of that beside what it has seen. */
+export interface Steer {
+  layer: Module<[x: Tensor, seen: Tensor], Tensor>;
+  /** [n, l, c], or of one picture for all rows [1, l, c]. */
+  seen: Tensor;
+  scale: number;
+}
+
+/** By the projections of the UNet's attentions; a ControlNet's have none. */
+export type Steering = ReadonlyMap<Linear, readonly Steer[]>;
 
 export interface Conditioning {
   /** encoder_hidden_states [n, tokens, cross_attention_dim] in the model's type. */
@@ -29,6 +42,8 @@ export interface Conditioning {
   guidance?: Tensor;
   /** What is attended to beside the prompt. */
   images?: readonly ImageTokens[];
+  /** What is added to what attentions read. */
+  steering?: Steering;
   /** Self-attentions that are the identity for the last `rows` of the pass; a ControlNet's are not among them. */
   perturbed?: { layers: ReadonlySet<Attention['children']>; rows: number };
   /** What the way up makes of its skip connections; a ControlNet has none. */
@@ -46,10 +61,23 @@ const attentionChildren = (c: number, contextWidth: number) => ({
   to_out: [linear(c, c)],
 });
 
+/** x [n, l, c] as a projection reads it. */
+function steered(to: Linear, x: Tensor, { steering, cache }: Conditioning): Tensor {
+  const [n] = x.shape;
+  const rowsOf = ({ seen }: Steer): Tensor =>
+    seen.shape[0] === n
+      ? seen
+      : once(cache, seen, () => [broadcast(seen, 0, n).reshape(n, ...seen.shape.slice(1))])[0];
+  const more = (steering?.get(to) ?? []).map((each) => scaled(each.layer(x, rowsOf(each)), each.scale));
+  return more.reduce(add, x);
+}
+
 /** residual + attention of x [n, l, c] over itself; in rows that are perturbed each pixel attends to itself alone. */
 const selfAttention = (c: number, heads: number): Attention =>
-  module(attentionChildren(c, c), (m, x, { perturbed }, residual) => {
-    const [q, k, v] = x.device.together(() => [m.to_q(x), m.to_k(x), m.to_v(x)]);
+  module(attentionChildren(c, c), (m, x, conditioning, residual) => {
+    const { perturbed } = conditioning;
+    const [ofQ, ofK, ofV] = [m.to_q, m.to_k, m.to_v].map((to) => steered(to, x, conditioning));
+    const [q, k, v] = x.device.together(() => [m.to_q(ofQ), m.to_k(ofK), m.to_v(ofV)]);
     if (!perturbed?.layers.has(m)) return m.to_out[0](attentionOp(q, k, v, { heads }), { residual });
     const others = x.shape[0] - perturbed.rows;
     const [q0, k0, v0] = [q, k, v].map((t) => slice(t, 0, 0, others));
@@ -66,9 +94,10 @@ export type Attention = Module<
 
 /** residual + attention of x [n, l, c] over the prompt, and over each picture apart. */
 const crossAttention = (c: number, contextWidth: number, heads: number): Attention =>
-  module(attentionChildren(c, contextWidth), (m, x, { context, images = [], cache }, residual) => {
+  module(attentionChildren(c, contextWidth), (m, x, conditioning, residual) => {
+    const { context, images = [], cache } = conditioning;
     const [k, v] = once(cache, m, () => x.device.together(() => [m.to_k(context), m.to_v(context)]));
-    const q = m.to_q(x);
+    const q = m.to_q(steered(m.to_q, x, conditioning));
     let h = attentionOp(q, k, v, { heads });
     for (const image of images) {
       const own = image.get(m);

@@ -241,6 +241,17 @@ export const crossAttentions = (unet: UNet) =>
     ...{ transformer, halvings, children: children.attn2.children },
   }));
 
+/** The projections by which attentions read an image, by their paths, each with how often the latents are halved there. */
+export const attentionProjections = (unet: UNet) =>
+  transformerBlocks(unet).flatMap(({ transformer, j, halvings, children: { attn1, attn2 } }) => {
+    const { to_q, to_k, to_v } = attn1.children;
+    const { to_q: ofPrompt } = attn2.children;
+    const own = { 'attn1.to_q': to_q, 'attn1.to_k': to_k, 'attn1.to_v': to_v, 'attn2.to_q': ofPrompt };
+    return Object.entries(own).map(([name, to]) => ({
+      ...{ path: `${transformer}.transformer_blocks.${j}.${name}`, to, halvings },
+    }));
+  });
+
 /** The attentions of an image over itself, with their paths. */
 export const selfAttentions = (unet: UNet) =>
   transformerBlocks(unet).map(({ transformer, j, children }) => ({

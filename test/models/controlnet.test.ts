@@ -13,7 +13,7 @@ import { tensor } from '../../engine/tensor.ts';
 import { preprocess, preprocessControl, preprocessMask } from '../../io/image.ts';
 import { openComponent, openComponentFile, openModel } from '../../models/checkpoint/checkpoint.ts';
 import { controlnet, parseControlNetConfig } from '../../models/control/controlnet.ts';
-import { ofOneKind } from '../../models/control/multicontrolnet.ts';
+import { ofOneKind } from '../../models/control/controlnet_kinds.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { denoiseToEnd, loadPipeline } from '../../models/pipeline.ts';
 import { TorchGenerator } from '../../models/random/torch_random.ts';

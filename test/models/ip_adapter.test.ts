@@ -16,7 +16,7 @@ import type { Picture } from '../../io/pixels.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
 import { openComponent, openModel } from '../../models/checkpoint/checkpoint.ts';
 import { loadAndClose, sourceOf } from '../../models/checkpoint/weights.ts';
-import { ofOneKind } from '../../models/control/multicontrolnet.ts';
+import { ofOneKind } from '../../models/control/controlnet_kinds.ts';
 import { presets } from '../../models/formats/presets.ts';
 import { parseVisionConfig, visionEncoder } from '../../models/ip_adapter/clip_vision.ts';
 import {

@@ -10,8 +10,8 @@ import {
   controlnet,
   parseControlNetConfig,
 } from '../../models/control/controlnet.ts';
+import { loadControlNet, ofOneKind } from '../../models/control/controlnet_kinds.ts';
 import { controlNetJson, startFromUNet } from '../../models/control/controlnet_start.ts';
-import { loadControlNet, ofOneKind } from '../../models/control/multicontrolnet.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import { numbersOf } from '../data/draws.ts';
 import { type Added, besideUNet } from '../parts/added.ts';
