@@ -8,6 +8,8 @@
 //   ... --set 'previews.prompts=["a red circle"]' --set previews.validation_image=IMAGE
 // A small one, as diffengine's mid (its small has no blocks, 0,0,0):
 //   ... --set controlnet.transformer_layers_per_block=0,0,1 --set optimizer.lr=3e-5
+// kohya's ControlNet-LLLite, small layers beside the UNet's attentions (his width, and his rate of learning):
+//   ... --set controlnet.network_dim=64 --set optimizer.lr=2e-4
 // With half of the captions left away, so that it learns to go by the image alone (Zhang et al. 2023, section 3.2):
 //   ... --set dataset.caption_dropout_rate=0.5
 import { defineRun } from 'sdxl';

@@ -6,6 +6,7 @@ import { UserError } from '../io/errors.ts';
 import { makeFolder } from '../io/files.ts';
 import { copyFolder, replaceFolderAtomically } from '../io/folders.ts';
 import { type ModelSource, openComponent } from '../models/checkpoint/checkpoint.ts';
+import { openControlNetFolder } from '../models/control/controlnet_kinds.ts';
 import { randomModel } from '../models/formats/random_weights.ts';
 import type { IPAdapterSource } from '../models/ip_adapter/ip_adapter.ts';
 import { parseTextConfig } from '../models/text/clip.ts';
@@ -114,7 +115,10 @@ async function openControl(run: Run, locate: Locate, checkpoint?: string): Promi
   const { controlnet_model_name_or_path: controlnet } = run.controlnet;
   const { adapter_model_name_or_path: adapter } = run.t2i_adapter;
   if (!controlnet && !adapter) return undefined;
-  if (checkpoint) return openComponent(join(checkpoint, controlnet ? 'controlnet' : 'adapter'));
+  if (checkpoint)
+    return controlnet
+      ? openControlNetFolder(join(checkpoint, 'controlnet'))
+      : openComponent(join(checkpoint, 'adapter'));
   return controlnet ? locate.controlnet(controlnet) : locate.adapter(adapter);
 }
 

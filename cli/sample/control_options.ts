@@ -26,7 +26,7 @@ export const addControlOptions = (command: Command): Command =>
     .optionsGroup('Control (the base alone; several ControlNets and T2I-Adapters add up):')
     .option(
       '--controlnet <PATH[:SCALE]>',
-      "a ControlNet of diffusers': a folder, a file or a hub id (perhaps one file of several there: OWNER/NAME/FILE), and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
+      "a ControlNet of diffusers', or kohya's ControlNet-LLLite: a folder, a file or a hub id (perhaps one file of several there: OWNER/NAME/FILE), and how strongly to follow it (default, as diffusers': 1; over a picture 0.8); may be given more than once",
       texts,
     )
     .option(

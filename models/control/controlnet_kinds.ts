@@ -1,10 +1,12 @@
 // The kinds of ControlNets that a UNet may have beside it, and how each is loaded: one of diffusers' for one kind of pictures, a union for
 // many, and kohya's LLLite, which is no copy of the UNet. One that is given more than once is loaded once.
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
 import type { Device } from '../../engine/device.ts';
 import { holding } from '../../engine/memory.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import { type ModelSource, openComponentFile } from '../checkpoint/checkpoint.ts';
+import { type ModelSource, openComponent, openComponentFile } from '../checkpoint/checkpoint.ts';
 import { openWeightsFile } from '../checkpoint/weights_file.ts';
 import { keepInQ8 } from '../unet/q8.ts';
 import type { UNetConfig } from '../unet/unet.ts';
@@ -29,6 +31,7 @@ import {
   type LLLite,
   lllite,
   llliteConfig,
+  llliteFile,
   openLLLite,
 } from './lllite.ts';
 
@@ -52,6 +55,12 @@ export function openControlNetFile(path: string): ModelSource {
   const names = [...file.tensors.keys()];
   file.close();
   return isLLLiteFile(names) ? openLLLite(path) : openComponentFile(path);
+}
+
+/** Opens the folder of one, which for an LLLite is that of a training. @throws UserError */
+export function openControlNetFolder(folder: string, variant?: string): ModelSource {
+  const file = join(folder, llliteFile);
+  return existsSync(file) ? openLLLite(file) : openComponent(folder, { variant });
 }
 
 /** What is beside a UNet has to fit. */
@@ -84,11 +93,7 @@ function loadAny(
   dtype: FloatDType,
   q8: boolean,
 ): AnyControlNet {
-  if (isLLLiteSource(source)) {
-    const config = llliteConfig(source);
-    checkLLLite(config, fitting, source.path);
-    return filled(lllite(config), source, device, dtype, false);
-  }
+  if (isLLLiteSource(source)) return loadLLLite(source, fitting, device, dtype);
   const union = unionConfigOf(source);
   if (!union) return loadControlNet(source, fitting, device, dtype, { q8 });
   const config = parseControlNetUnionConfig(union, `the config.json of ${source.path}`);
@@ -96,7 +101,14 @@ function loadAny(
   return filled(controlnetUnion(config), source, device, dtype, q8);
 }
 
-/** Loads one that is no union. @throws UserError where it does not fit its config, or the UNet and the VAE */
+/** Loads an LLLite. @throws UserError where it does not fit the UNet and the VAE */
+export function loadLLLite(source: ModelSource, fitting: Fitting, device: Device, dtype: FloatDType): LLLite {
+  const config = llliteConfig(source);
+  checkLLLite(config, fitting, source.path);
+  return filled(lllite(config), source, device, dtype, false);
+}
+
+/** Loads one of diffusers' plain kind. @throws UserError where it does not fit its config, or the UNet and the VAE */
 export function loadControlNet(
   source: ModelSource,
   fitting: Fitting,

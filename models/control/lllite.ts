@@ -32,6 +32,9 @@ export interface LLLiteLayer {
 /** By kohya's names, such as lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q. */
 export type LLLiteConfig = Readonly<Record<string, LLLiteLayer>>;
 
+/** Its file's name in the folder of a training. */
+export const llliteFile = 'lllite.safetensors';
+
 /** The class by which a source tells of one; diffusers has none. */
 export const LLLITE = 'ControlNetLLLite';
 
@@ -45,7 +48,8 @@ export const isLLLiteFile = (names: readonly string[]): boolean =>
 const strides = { 1: [4, 2], 2: [4, 4], 3: [4, 4, 2] } as const;
 
 /** The side of the squares of pixels that are seen as one. */
-const squareOf = ({ depth }: LLLiteLayer): number => strides[depth].reduce((side, next) => side * next, 1);
+const squareOf = ({ depth }: Pick<LLLiteLayer, 'depth'>): number =>
+  strides[depth].reduce((side, next) => side * next, 1);
 
 /** What a file's shapes say it is. @throws UserError for what is beside attention's projections, or shapes of no LLLite */
 export function parseLLLite({ where, names, info }: WeightSource): LLLiteConfig {
@@ -134,6 +138,25 @@ const projectionsIn = (net: UNet, config: UNetConfig) =>
     ]),
   );
 
+/** A new one's modules as kohya's script has them: on the way down and in the middle. @throws UserError for another VAE's `ratio` */
+export function newLLLiteConfig(
+  { unet, unetConfig, ratio }: { unet: UNet; unetConfig: UNetConfig; ratio: number },
+  { network_dim: mlp_dim, cond_emb_dim }: { network_dim: number; cond_emb_dim: number },
+): LLLiteConfig {
+  const layers = [...projectionsIn(unet, unetConfig)].filter(([name]) => !name.includes('_output_blocks_'));
+  return Object.fromEntries(
+    layers.map(([name, { to, halvings }]) => {
+      const square = ratio * 2 ** halvings;
+      const depth = ([1, 2, 3] as const).find((depth) => squareOf({ depth }) === square);
+      if (!depth)
+        throw new UserError(
+          `the UNet attends to squares of ${square} pixels, and a ControlNet-LLLite sees squares of 8, 16 or 32: train a ControlNet without "controlnet.network_dim"`,
+        );
+      return [name, { in_dim: to.children.weight.shape[1], cond_emb_dim, mlp_dim, depth }];
+    }),
+  );
+}
+
 /** @throws UserError where a module is for a projection that the UNet has not, or has otherwise, with a VAE of `ratio` */
 export function checkLLLite(
   config: LLLiteConfig,
@@ -157,7 +180,7 @@ export function checkLLLiteSize(config: LLLiteConfig, [height, width]: Size): vo
   const square = Math.max(...Object.values(config).map(squareOf));
   if (height % square || width % square)
     throw new UserError(
-      `a ControlNet-LLLite (--controlnet) sees squares of ${square}x${square} pixels, into which ${width}x${height} does not divide: give a width and a height that are multiples of ${square}`,
+      `a ControlNet-LLLite sees squares of ${square}x${square} pixels, into which ${width}x${height} does not divide: give a width and a height that are multiples of ${square}`,
     );
 }
 

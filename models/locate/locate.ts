@@ -13,9 +13,9 @@ import {
   variantOf,
 } from '../checkpoint/checkpoint.ts';
 import { isWeightsFile, openWeightsFile, refusePickle } from '../checkpoint/weights_file.ts';
-import { openControlNetFile } from '../control/controlnet_kinds.ts';
+import { openControlNetFile, openControlNetFolder } from '../control/controlnet_kinds.ts';
 import { asItsWeightsTell } from '../control/controlnet_union.ts';
-import { LLLITE } from '../control/lllite.ts';
+import { LLLITE, llliteFile } from '../control/lllite.ts';
 import { openT2IAdapterFile, t2iAdapterConfig } from '../control/t2i_adapter.ts';
 import { classOf } from '../formats/components.ts';
 import { layoutOf } from '../formats/sgm_keys.ts';
@@ -205,7 +205,10 @@ export function ofClass(
 export async function locateControlNet(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend =
     "a ControlNet's folder, its .safetensors or .gguf file or a hub id, perhaps with a file such as xinsir/controlnet-union-sdxl-1.0/diffusion_pytorch_model_promax.safetensors";
-  const kind = { what: 'ControlNet', subfolder: 'controlnet', mend, openFile: openControlNetFile };
+  const kind = {
+    ...{ what: 'ControlNet', subfolder: 'controlnet', mend, file: llliteFile },
+    ...{ openFile: openControlNetFile, openFolder: openControlNetFolder },
+  };
   const source = await locateComponent(path, kind, options);
   return asItsWeightsTell(ofClass(source, controlNetClasses, 'a ControlNet that sdxl runs', mend));
 }
@@ -214,7 +217,10 @@ export async function locateControlNet(path: string, options: LocateOptions = {}
 export async function locateT2IAdapter(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend =
     "a T2I-Adapter's folder, its .safetensors or .gguf file or a hub id such as TencentARC/t2i-adapter-canny-sdxl-1.0";
-  const kind = { what: 'T2I-Adapter', subfolder: 'adapter', mend, openFile: openT2IAdapterFile };
+  const kind = {
+    ...{ what: 'T2I-Adapter', subfolder: 'adapter', mend, openFile: openT2IAdapterFile },
+    openFolder: (folder: string, variant?: string) => openComponent(folder, { variant }),
+  };
   const source = ofClass(await locateComponent(path, kind, options), ['T2IAdapter'], 'a T2I-Adapter', mend);
   t2iAdapterConfig(source);
   return source;
@@ -226,12 +232,15 @@ interface Lone {
   /** Where a checkpoint of training has it. */
   subfolder: string;
   mend: string;
+  /** What its folder may have in the place of a config.json. */
+  file?: string;
   openFile(path: string): ModelSource;
+  openFolder(path: string, variant?: string): ModelSource;
 }
 
 async function locateComponent(
   path: string,
-  { what, subfolder, mend, openFile }: Lone,
+  { what, subfolder, mend, file = 'config.json', openFile, openFolder }: Lone,
   options: LocateOptions,
 ): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory()) {
@@ -244,9 +253,11 @@ async function locateComponent(
   const folder = existsSync(path)
     ? path
     : await download(path, (all) => componentFiles(all, what, options.variant), options);
-  const own = [folder, join(folder, subfolder)].find((each) => existsSync(join(each, 'config.json')));
+  const own = [folder, join(folder, subfolder)].find((each) =>
+    ['config.json', file].some((name) => existsSync(join(each, name))),
+  );
   if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
-  return openComponent(own, { variant: options.variant });
+  return openFolder(own, options.variant);
 }
 
 /** The files of a lone component's repository: its config, and its weights as diffusers names them. @throws UserError for none */

@@ -47,12 +47,14 @@ def gradients(net, name, dtype, predict):
 def tell(net, name, predict, **first):
     """Prints the lines of a network; `predict` says what the UNet does beside it."""
     rms = lambda t: t.pow(2).mean().sqrt()
+    # What softmax takes no notice of, as what is the same for all keys, has no gradient but for rounding.
+    is_none = lambda g: g.norm() < 1e-12
     _, rough = gradients(net, name, torch.float32, predict)
     loss, exact = gradients(net, name, torch.float64, predict)
-    noise = max((rms(rough[key] - g) / rms(g)).item() for key, g in exact.items())
+    noise = max((rms(rough[key] - g) / rms(g)).item() for key, g in exact.items() if not is_none(g))
     print(json.dumps(dict(**first, loss=loss, noise=noise), separators=(",", ":")))
     for key, g in exact.items():
-        print(json.dumps([name, key, *folded(g, key)], separators=(",", ":")))
+        print(json.dumps([name, key, *([0, 0] if is_none(g) else folded(g, key))], separators=(",", ":")))
 
 
 def main(folder):

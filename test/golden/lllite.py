@@ -38,6 +38,7 @@ CALLS = [
 
 
 def modules_of(name, unet, dtype):
+    """By kohya's names."""
     emb, mlp, blocks = NETS[name]
     made = {}
     for path, module in unet.named_modules():
@@ -111,16 +112,21 @@ def drawn(kind, nets, seed, dtype, settings):
     return pipeline(**more, **settings).images.double().numpy()
 
 
-lines = []
-for name in NETS:
-    unet = opened("text2img", torch.float32).unet
-    made = torch.nn.ModuleDict(modules_of(name, unet, torch.float32))
-    lines.append(dict(net=name, keys={key: list(value.shape) for key, value in made.state_dict().items()}))
-for seed, (kind, nets, more) in enumerate(CALLS):
-    settings = {**SETTINGS, **more}
-    rough, exact = (drawn(kind, nets, seed, dtype, settings) for dtype in (torch.float32, torch.float64))
-    without = drawn(kind, [(name, of, 0, *part) for name, of, _, *part in nets], seed, torch.float64, settings)
-    case = noted(rough, exact, 5)
-    print(kind, nets, more, "atol", case["atol"], "from without", np.abs(exact - without).max())
-    lines.append(dict(kind=kind, nets=nets, settings=settings, seed=seed, **case))
-write("lllite", lines)
+def main():
+    lines = []
+    for name in NETS:
+        unet = opened("text2img", torch.float32).unet
+        made = torch.nn.ModuleDict(modules_of(name, unet, torch.float32))
+        lines.append(dict(net=name, keys={key: list(value.shape) for key, value in made.state_dict().items()}))
+    for seed, (kind, nets, more) in enumerate(CALLS):
+        settings = {**SETTINGS, **more}
+        rough, exact = (drawn(kind, nets, seed, dtype, settings) for dtype in (torch.float32, torch.float64))
+        without = drawn(kind, [(name, of, 0, *part) for name, of, _, *part in nets], seed, torch.float64, settings)
+        case = noted(rough, exact, 5)
+        print(kind, nets, more, "atol", case["atol"], "from without", np.abs(exact - without).max())
+        lines.append(dict(kind=kind, nets=nets, settings=settings, seed=seed, **case))
+    write("lllite", lines)
+
+
+if __name__ == "__main__":
+    main()

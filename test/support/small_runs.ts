@@ -6,8 +6,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type Device, openDevice } from '../../engine/device.ts';
 import { writePng } from '../../io/image.ts';
-import { type ModelSource, openComponent, openModel } from '../../models/checkpoint/checkpoint.ts';
-import { locateT2IAdapter } from '../../models/locate/locate.ts';
+import { type ModelSource, openModel } from '../../models/checkpoint/checkpoint.ts';
+import { locateControlNet, locateT2IAdapter } from '../../models/locate/locate.ts';
 import { locateImageEncoder, locateIPAdapter } from '../../models/locate/locate_ip_adapter.ts';
 import { locateUNet, withUNet } from '../../models/locate/locate_unet.ts';
 import { listCheckpoints, readState } from '../../train/checkpoint.ts';
@@ -59,7 +59,7 @@ export const locate = {
   model: async (path: string, unet: string) => (unet ? withUNet(openModel(path), unet) : openModel(path)),
   unet: (path: string, model: ModelSource) => locateUNet(path, model, {}),
   vae: async (path: string) => openModel(path),
-  controlnet: async (path: string) => openComponent(path),
+  controlnet: (path: string) => locateControlNet(path),
   adapter: (path: string) => locateT2IAdapter(path),
   ipAdapter: (path: string) => locateIPAdapter(path),
   imageEncoder: (path: string) => locateImageEncoder(path),

@@ -10,21 +10,29 @@ import {
   controlnet,
   parseControlNetConfig,
 } from '../../models/control/controlnet.ts';
-import { loadControlNet, ofOneKind } from '../../models/control/controlnet_kinds.ts';
+import { isLLLite, loadControlNet, ofOneKind } from '../../models/control/controlnet_kinds.ts';
 import { controlNetJson, startFromUNet } from '../../models/control/controlnet_start.ts';
+import { isLLLiteSource, steeringBy } from '../../models/control/lllite.ts';
 import type { Pipeline } from '../../models/pipeline.ts';
 import { numbersOf } from '../data/draws.ts';
 import { type Added, besideUNet } from '../parts/added.ts';
 import type { Run } from '../run/run.ts';
 import { following } from './conditioning_image.ts';
 import { type Control, refuseRefiner } from './control.ts';
+import { withLLLite } from './lllite.ts';
 
 /** Conditioning images, for the pipeline's ControlNet. */
 export const controlled = (run: Run): Control =>
   following(run, {
     network:
-      ({ unet, controlnet: [net] }, { conditioning_pixel_values: image }) =>
+      (pipeline, { conditioning_pixel_values: image }) =>
       (sample, times, conditioning) => {
+        const { unet, controlnet } = pipeline;
+        const [net] = controlnet;
+        if (isLLLite(net)) {
+          const steering = steeringBy(net, net(image), pipeline);
+          return unet(sample, times, { ...conditioning, steering });
+        }
         const residuals = ofOneKind(net)({ sample, times, conditioning }, image);
         return unet(sample, times, conditioning, additionalResiduals(residuals));
       },
@@ -44,6 +52,7 @@ export function withControlNet(
   given?: ModelSource,
 ): { other: Pipeline; added: Added } {
   refuseRefiner(pipeline, source, 'ControlNet');
+  if (given ? isLLLiteSource(given) : run.controlnet.network_dim > 0) return withLLLite(run, pipeline, given);
   const { gradient_checkpointing: gradientCheckpointing } = run.train;
   const { unet, unetConfig, ratio, device, dtype } = pipeline;
   const json = given

@@ -129,6 +129,10 @@ export interface Run {
     controlnet_model_name_or_path: string;
     /** Transformer blocks of each level of a new one: fewer make a small ControlNet. Empty for as many as the UNet has. */
     transformer_layers_per_block: readonly number[];
+    /** Width of a ControlNet-LLLite's layers: above 0 a new one is that of kohya's, small layers beside the UNet's attentions. */
+    network_dim: number;
+    /** Width of what it sees of the images. */
+    cond_emb_dim: number;
   };
   t2i_adapter: {
     /** The one to go on with: a folder, a .safetensors file or a hub id. Empty to begin with a new one. */

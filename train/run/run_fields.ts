@@ -85,6 +85,8 @@ export const fields: Fields<Run> = {
   controlnet: {
     controlnet_model_name_or_path: text(''),
     transformer_layers_per_block: list([], whole(0, { min: 0, max: MOST_DEEP })),
+    network_dim: whole(0, { min: 0, max: MOST_WIDE }),
+    cond_emb_dim: whole(32, { min: 2, max: MOST_WIDE }),
   },
   t2i_adapter: { adapter_model_name_or_path: text('') },
   ip_adapter: {

@@ -1,6 +1,8 @@
 // Pictures while a run trains: the same prompts and settings each time (log/preview_files.ts has their files).
 import { UserError } from '../../io/errors.ts';
 import type { Picture } from '../../io/pixels.ts';
+import { isLLLite } from '../../models/control/controlnet_kinds.ts';
+import { checkLLLiteSize } from '../../models/control/lllite.ts';
 import { checkSquares } from '../../models/control/t2i_adapter.ts';
 import { type Denoised, decode, denoise, denoiseToEnd, type Pipeline } from '../../models/pipeline.ts';
 import { samplerFor } from '../../models/plan.ts';
@@ -58,7 +60,7 @@ export function checkPreviews(
   { scheduler: name }: PreviewSettings,
   previews: readonly Preview[],
 ): void {
-  const { ratio, adapter } = pipeline;
+  const { ratio, adapter, controlnet } = pipeline;
   samplerFor(pipeline, { scheduler: { name: name || undefined } });
   previews.forEach((preview, i) => {
     samplerFor(pipeline, requestsOf([preview])[0]).plan(preview.num_inference_steps);
@@ -68,6 +70,8 @@ export function checkPreviews(
           `"previews.prompts[${i}].${side}" is ${preview[side]}, which is not divisible by ${ratio}; ${Math.max(ratio, preview[side] - (preview[side] % ratio))} is`,
         );
     for (const { config } of adapter) checkSquares(config, [preview.height, preview.width]);
+    for (const { config } of controlnet.filter(isLLLite))
+      checkLLLiteSize(config, [preview.height, preview.width]);
   });
 }
 

@@ -55,9 +55,21 @@ function refuseNothing({ train: { target }, objective, vae_objective }: Run, whe
 
 /** What is amiss with a ControlNet. */
 function refuseControlNet({ controlnet }: Run, where: string): void {
-  if (controlnet.controlnet_model_name_or_path && controlnet.transformer_layers_per_block.length > 0)
+  const { controlnet_model_name_or_path: path, transformer_layers_per_block: depths } = controlnet;
+  const { network_dim, cond_emb_dim } = controlnet;
+  const own =
+    depths.length > 0 ? 'transformer_layers_per_block' : network_dim > 0 ? 'network_dim' : undefined;
+  if (path && own)
     throw new UserError(
-      `${where}: "controlnet.transformer_layers_per_block" is for a new ControlNet, and the one of "controlnet.controlnet_model_name_or_path" has its own; leave out one of them`,
+      `${where}: "controlnet.${own}" is for a new ControlNet, and the one of "controlnet.controlnet_model_name_or_path" has its own; leave out one of them`,
+    );
+  if (network_dim > 0 && depths.length > 0)
+    throw new UserError(
+      `${where}: "controlnet.network_dim" makes a ControlNet-LLLite, which has no transformer blocks for "controlnet.transformer_layers_per_block"; leave out one of them`,
+    );
+  if (network_dim === 0 && cond_emb_dim !== usual.controlnet.cond_emb_dim)
+    throw new UserError(
+      `${where}: "controlnet.cond_emb_dim" is for a new ControlNet-LLLite, which "controlnet.network_dim" makes; set that too (64), or leave it out`,
     );
 }
 

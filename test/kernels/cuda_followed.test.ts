@@ -1,15 +1,19 @@
-// Steps under a T2I-Adapter on the virtual GPU: a recording has the bits of the eager step before it, and goes when the adapter's part
-// ends.
+// Steps under a T2I-Adapter and a ControlNet-LLLite on the virtual GPU: a recording has the bits of the eager step before it, and goes when
+// their part ends.
 import { join } from 'node:path';
 import { test } from 'tap';
 import { cudaDevice, type Device, openDevice } from '../../engine/device.ts';
 import { namedParameters } from '../../engine/module.ts';
 import { scope, unscoped } from '../../engine/scope.ts';
 import { tensor } from '../../engine/tensor.ts';
+import { preprocessControl } from '../../io/image.ts';
 import { type ModelSource, openComponent, openModel } from '../../models/checkpoint/checkpoint.ts';
+import { LLLITE, newLLLiteConfig } from '../../models/control/lllite.ts';
+import { controlsOf } from '../../models/control/multicontrolnet.ts';
 import { followedOf } from '../../models/control/t2i_adapter.ts';
 import { openDenoiser } from '../../models/denoiser.ts';
 import { loadPipeline } from '../../models/pipeline.ts';
+import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { numbers, picture, weight } from '../support/controlnet_golden.ts';
 import { goldenFolder, maxDifference } from '../support/golden.ts';
 import { at } from '../support/golden_calls.ts';
@@ -32,20 +36,31 @@ const source: ModelSource = {
   },
 };
 
-/** What is predicted of one picture at one time in four calls, the last of which the adapter has no part in. */
+/** A ControlNet-LLLite for that UNet, as kohya's script would make it. */
+function lite(): ModelSource {
+  const unetConfig = parseUNetConfig(source.config('unet'));
+  const made = { unet: unet(unetConfig), unetConfig, ratio: 8 };
+  const layers = newLLLiteConfig(made, { network_dim: 8, cond_emb_dim: 4 });
+  return { ...source, path: 'lite', config: () => ({ _class_name: LLLITE, layers }) };
+}
+
+/** What is predicted of one picture at one time in four calls, in the last of which they have no part. */
 function predicted(device: Device): Float32Array[] {
   const adapter = openComponent(writeT2IAdapter(at('sketch'), 'sketch'));
-  const pipeline = loadPipeline(source, { device, dtype: 'float32', adapter: [adapter], only: ['unet'] });
+  const beside = { adapter: [adapter], controlnet: [lite()] };
+  const pipeline = loadPipeline(source, { device, dtype: 'float32', ...beside, only: ['unet'] });
   const embeds = (...shape: number[]) => ({ shape, data: numbers('embeds', shape) });
-  const shape = [1, 4, 2, 2];
+  const [shape, size] = [[1, 4, 4, 4], [32, 32] as const];
   const request = {
     ...{ prompt_embeds: embeds(1, 77, 80), pooled_prompt_embeds: embeds(1, 40), guidance_scale: 1 },
   };
+  const asked = { control_image: [preprocessControl(picture(2, 32, 32))], control_guidance_end: 0.75 };
   const denoiser = openDenoiser(pipeline, request, {
-    ...{ timesteps: new Float32Array(4).fill(500), shape, ids: [[16, 16, 0, 0, 16, 16]], guided: false },
+    ...{ timesteps: new Float32Array(4).fill(500), shape, ids: [[32, 32, 0, 0, 32, 32]], guided: false },
     told: { prompts: [request], at: [0, 0, 0, 0] },
-    followed: followedOf(pipeline.adapter, { adapter_image: [picture(1, 16, 16)] }, [16, 16]),
-    ...{ followedCalls: 3, controls: [], imagePrompts: [], calls: 4, caching: { interval: 1, branch: 0 } },
+    followed: followedOf(pipeline.adapter, { adapter_image: [picture(1, 32, 32)] }, size),
+    controls: controlsOf(pipeline.controlnet, asked, size),
+    ...{ followedCalls: 3, imagePrompts: [], calls: 4, caching: { interval: 1, branch: 0 } },
   });
   const all = scope(() => {
     const x = tensor(numbers('latents', shape), shape, { device });
