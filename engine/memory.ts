@@ -10,13 +10,17 @@ import type { Block, Driver } from './driver.ts';
 /** What a pool needs of a driver. */
 type DriverMemory = Pick<Driver, 'label' | 'allocate' | 'free' | 'trim' | 'room'>;
 
+/** What takes less of it, as errors end that say it is out. */
+export const memoryMend = 'use a smaller size, fewer images or a half-precision --dtype';
+
 /** No memory is left: what was wanted, what holds how much, and the mend. */
 export class MemoryError extends UserError {
   override readonly name = 'MemoryError';
-}
 
-/** What takes less of it, as errors end that say it is out. */
-export const memoryMend = 'use a smaller size, fewer images or a half-precision --dtype';
+  constructor(problem: string) {
+    super(problem, memoryMend);
+  }
+}
 
 const AT_WORK = 'tensors at work';
 let owner = AT_WORK;
@@ -280,7 +284,7 @@ export class MemoryPool {
     const room = this.#driver.room?.();
     const left = room ? `; ${readable(room.free)} of the device's ${readable(room.total)} are free` : '';
     const where = this.#driver.label ? ` on ${this.#driver.label}` : '';
-    return `out of memory${where}: ${readable(size)} wanted while these hold it: ${told}${left}; ${memoryMend}`;
+    return `out of memory${where}: ${readable(size)} wanted while these hold it: ${told}${left}`;
   }
 }
 

@@ -4,6 +4,13 @@
 /** A mistake in what the user gave us (a file, a flag, a prompt), told in one sentence. */
 export class UserError extends Error {
   override readonly name: string = 'UserError';
+  /** The sentence up to its mend, where that was given apart: who has a better mend puts it behind this. */
+  readonly problem: string;
+
+  constructor(problem: string, mend?: string) {
+    super(mend === undefined ? problem : `${problem}; ${mend}`);
+    this.problem = problem;
+  }
 }
 
 /** The nearest of `candidates` to `word` by edit distance, or undefined when nothing is near enough to suggest. */

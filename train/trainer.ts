@@ -1,9 +1,9 @@
 // The loop: updates (update.ts), and between them whatever is due: a line of the log, a checkpoint, previews. Between two
 // updates a run is nothing but its tensors and a position, as every draw is keyed: that is why resuming is exact.
 import { join } from 'node:path';
-import { CudaError } from '../engine/cuda/errors.ts';
+import { CudaError, isOutOfMemory } from '../engine/cuda/errors.ts';
 import type { Device } from '../engine/device.ts';
-import { MemoryError, memoryMend } from '../engine/memory.ts';
+import { MemoryError } from '../engine/memory.ts';
 import { UserError } from '../io/errors.ts';
 import { makeFolder, writeFileAtomic } from '../io/files.ts';
 import { type Position, removeLater, saveCheckpoint, type TrainedComponent } from './checkpoint.ts';
@@ -59,7 +59,7 @@ export async function train(
   try {
     return await prepareAndTrain(materials, devices, report, stop);
   } catch (error) {
-    if (error instanceof UserError) error.message = error.message.replace(memoryMend, ownMend);
+    if (error instanceof MemoryError || isOutOfMemory(error)) error.message = `${error.problem}; ${ownMend}`;
     throw error;
   }
 }

@@ -89,9 +89,9 @@ export class CudaError extends UserError {
 
   /** `gpu` is told where there are several. */
   constructor(result: CudaResult, call: string, detail?: string, gpu?: string) {
-    const mend = mends[result];
     super(
-      `${call} failed with ${result}${gpu ? ` on ${gpu}` : ''}${detail ? `: ${detail}` : ''}${mend ? `; ${mend}` : ''}`,
+      `${call} failed with ${result}${gpu ? ` on ${gpu}` : ''}${detail ? `: ${detail}` : ''}`,
+      mends[result],
     );
     this.result = result;
     this.call = call;
@@ -99,7 +99,7 @@ export class CudaError extends UserError {
   }
 }
 
-export const isOutOfMemory = (error: unknown): boolean =>
+export const isOutOfMemory = (error: unknown): error is CudaError =>
   error instanceof CudaError && error.result === 'CUDA_ERROR_OUT_OF_MEMORY';
 
 /** The name of a code that the driver returned. */

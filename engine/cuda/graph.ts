@@ -55,7 +55,7 @@ function fitting<R>(fn: () => R): R {
   try {
     return fn();
   } catch (error) {
-    throw isOutOfMemory(error) ? new MemoryError((error as Error).message) : error;
+    throw isOutOfMemory(error) ? new MemoryError(error.problem) : error;
   }
 }
 

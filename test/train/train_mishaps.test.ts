@@ -3,7 +3,7 @@
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { MemoryError, memoryMend } from '../../engine/memory.ts';
+import { MemoryError } from '../../engine/memory.ts';
 import { writePng } from '../../io/image.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { openMaterials } from '../../train/materials.ts';
@@ -130,7 +130,7 @@ test('previews and passes that find no memory cost no update', async (t) => {
     const meanwhile = (label: string, done: number) => {
       if (label !== 'training' || done !== 3) return;
       device.execute = () => {
-        throw new MemoryError(`out of memory: tensors at work 9 GiB; ${memoryMend}`);
+        throw new MemoryError('out of memory: tensors at work 9 GiB');
       };
     };
     const message = 'out of memory: tensors at work 9 GiB; `sdxl plan` with --vram tells what to set';
