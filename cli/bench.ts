@@ -4,6 +4,7 @@ import { benchModel, type ModelReport } from '../bench/model.ts';
 import { absentOps, type OpTiming, opCases, timeCase } from '../bench/ops.ts';
 import { type SubjectName, subjectNames } from '../bench/subjects.ts';
 import { openDevice } from '../engine/device.ts';
+import { gib } from '../io/byte_sizes.ts';
 import type { FloatDType } from '../io/dtype.ts';
 import { UserError } from '../io/errors.ts';
 import { presets } from '../models/formats/presets.ts';
@@ -118,7 +119,6 @@ function run(subject: Subject, options: Options, terminal: Terminal): void {
   terminal.out(options.json ? `${JSON.stringify(report)}\n` : modelTable(report));
 }
 
-const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 const milliseconds = (seconds: number): string => (seconds * 1000).toFixed(seconds < 0.1 ? 3 : 1);
 
 function modelTable(r: ModelReport): string {

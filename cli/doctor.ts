@@ -7,9 +7,10 @@ import type { Command } from 'commander';
 import { findLibrary } from '../engine/cpu/build.ts';
 import { openCpuDriver } from '../engine/cpu/driver.ts';
 import { openDevice } from '../engine/device.ts';
+import { gib } from '../io/byte_sizes.ts';
 import { cacheFolder } from '../io/hub.ts';
 import { version } from './about.ts';
-import { type Finding, gib, gpus } from './doctor_gpu.ts';
+import { type Finding, gpus } from './doctor_gpu.ts';
 import type { Terminal } from './terminal.ts';
 
 const examples = `
@@ -110,7 +111,7 @@ function memory(): Finding {
     : totalmem();
   return {
     name: 'memory',
-    value: `${gib(available)} available of ${gib(totalmem())}`,
+    value: `${gib(available, 1)} available of ${gib(totalmem(), 1)}`,
     mend:
       available < 12 * 2 ** 30
         ? 'the full-size model wants 12 GiB in bfloat16: close programs, draw at 512x512, or with --q8, which takes 2.5 GiB less'

@@ -5,6 +5,7 @@ import { DeviceAttribute, type GpuApi } from '../engine/cuda/api.ts';
 import { CudaError } from '../engine/cuda/errors.ts';
 import { openCudaLibrary } from '../engine/cuda/libcuda.ts';
 import { OLDEST_DRIVER, ptxCeiling, versionName } from '../engine/cuda/versions.ts';
+import { gib } from '../io/byte_sizes.ts';
 
 export interface Finding {
   name: string;
@@ -16,7 +17,6 @@ export interface Finding {
 /** A picture of 1024x1024 in bfloat16 fits 8 GiB of which 0.75 are the driver's (test/kernels/gpu_memory.test.ts). */
 const PICTURE_BYTES = 7.25 * 2 ** 30;
 
-export const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 const reasonOf = (error: unknown): string => (error instanceof Error ? error.message : String(error));
 
 /** The driver and its GPUs; one finding where there is none. */
@@ -52,12 +52,12 @@ function gpu(api: GpuApi, ordinal: number): Finding {
     const model = `${api.cuDeviceGetName(ordinal)}, compute capability ${major}.${minor}`;
     return {
       name,
-      value: `${model}, ${gib(free)} free of ${gib(total)}; used with --device ${name}`,
+      value: `${model}, ${gib(free, 1)} free of ${gib(total, 1)}; used with --device ${name}`,
       mend:
         major < 8
           ? 'it is older than Ampere (compute capability 8.0), for which there are no kernels; use --device cpu'
           : free < PICTURE_BYTES
-            ? `a picture of 1024x1024 takes ${gib(PICTURE_BYTES)}: end other programs on this GPU, or draw at 512x512`
+            ? `a picture of 1024x1024 takes ${gib(PICTURE_BYTES, 1)}: end other programs on this GPU, or draw at 512x512`
             : undefined,
     };
   } catch (error) {

@@ -1,5 +1,6 @@
 // `sdxl inspect`: what is in a checkpoint, from its headers, in a second; status 2 when it would not load.
 import type { Command } from 'commander';
+import { gibOrMib } from '../io/byte_sizes.ts';
 import { UserError } from '../io/errors.ts';
 import { type Inspection, inspect } from '../models/inspect.ts';
 import { printable, type Terminal } from './terminal.ts';
@@ -32,7 +33,7 @@ function asText({ path, kind, components, lora, metadata }: Inspection): string 
     c.class ?? '',
     `${c.tensors} tensors`,
     `${c.parameters.toLocaleString('en-US')} parameters`,
-    size(c.bytes),
+    gibOrMib(c.bytes),
     Object.keys(c.dtypes).join(' '),
   ]);
   const widths = (rows[0] ?? []).map((_, column) => Math.max(...rows.map((row) => row[column].length)));
@@ -48,6 +49,3 @@ function asText({ path, kind, components, lora, metadata }: Inspection): string 
   }
   return `${path}\n  ${kind}\n${lines.join('\n')}\n`;
 }
-
-const size = (bytes: number): string =>
-  bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(2)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`;

@@ -4,6 +4,7 @@
 // Buckets are an eighth of a power of two apart, and 256 bytes at least: at most 12.5 % of 2 KiB or more is slack. When the
 // driver has no more, the lists are emptied once; then recorded steps, which keep blocks out of the lists (Reserve), lose them;
 // when that does not help, the error says what holds how much.
+import { gibOrMib } from '../io/byte_sizes.ts';
 import { UserError } from '../io/errors.ts';
 import type { Block, Driver } from './driver.ts';
 
@@ -294,8 +295,7 @@ function takeReserved(lists: Lists, size: number): Block {
   return block;
 }
 
-const readable = (bytes: number): string =>
-  bytes >= 2 ** 30 / 10 ? `${(bytes / 2 ** 30).toFixed(2)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+const readable = (bytes: number): string => gibOrMib(bytes, 0.1);
 
 function bucket(bytes: number): number {
   if (bytes <= 256) return 256;

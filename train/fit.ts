@@ -2,10 +2,11 @@
 // change nothing of what is learnt, until the plan is small enough; then those go that were not needed.
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
+import { gib } from '../io/byte_sizes.ts';
 import { UserError } from '../io/errors.ts';
 import type { Materials } from './materials.ts';
 import { requirePasses } from './passes/replicas.ts';
-import { gib, type Plan } from './plan.ts';
+import type { Plan } from './plan.ts';
 import { estimate } from './rehearsal.ts';
 import { resolveRun } from './run/resolve_run.ts';
 import type { Run } from './run/run.ts';

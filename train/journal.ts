@@ -2,13 +2,13 @@
 // without the time that checkpoints, measurements and previews take.
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { gib } from '../io/byte_sizes.ts';
 import type { Position } from './checkpoint.ts';
 import type { Update } from './data/order.ts';
 import { appendLog, type LogEntry, logFile } from './log/log.ts';
 import { hasPreviews, writePreviews, writeSheet } from './log/preview_files.ts';
 import { openEventFile } from './log/tensorboard.ts';
 import type { Report, Stop } from './passes/task.ts';
-import { gib } from './plan.ts';
 import { promptsOf } from './run/preview_prompts.ts';
 import type { Session } from './session.ts';
 import type { Made } from './update.ts';

@@ -1,6 +1,7 @@
 // What a run comes to, before it starts: the resolved keys, and what it will take. Printed by `sdxl plan` and before every training.
 import type { Device } from '../engine/device.ts';
 import { standInFor } from '../engine/profile.ts';
+import { gib } from '../io/byte_sizes.ts';
 import { bytesPerElement } from '../io/dtype.ts';
 import { type Materials, mostPasses } from './materials.ts';
 import { objectiveOf } from './objective/objective.ts';
@@ -190,8 +191,6 @@ function there(devices: readonly Device[] = []): string {
   });
   return told.length ? `; ${told.join(', ')}` : '';
 }
-
-export const gib = (bytes: number): string => `${(bytes / 2 ** 30).toFixed(2)} GiB`;
 
 /** Of how many parameters those are that are trained, where they are not all. */
 const counted = ({ trained_parameters: trained, parameters: all }: Plan): string =>
