@@ -6,7 +6,7 @@ import { a1111Lists } from './a1111_lists.ts';
 import { flagKeys, orderOf } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
 import { base64, booleanOf, pictureBytes } from './fields.ts';
-import type { Asked, Reply, Routes } from './http.ts';
+import type { HttpRequest, Reply, Routes } from './http.ts';
 import type { Drawn, Settings } from './messages.ts';
 import { type Queue, tellingBy } from './queue.ts';
 import type { Served } from './served.ts';
@@ -45,7 +45,7 @@ export function a1111Api(served: Served, orders: Queue): Routes {
 
 /** Pictures, drawn over the one that is sent or from the prompt alone. */
 async function draw(
-  { json, signal }: Asked,
+  { json, signal }: HttpRequest,
   overPicture: boolean,
   served: Served,
   queue: Queue,

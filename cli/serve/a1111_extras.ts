@@ -13,7 +13,7 @@ import {
   textOf,
   unheeded,
 } from './fields.ts';
-import type { Asked, Reply, Routes } from './http.ts';
+import type { HttpRequest, Reply, Routes } from './http.ts';
 import type { Drawn, Enlarging, Order } from './messages.ts';
 import type { Queue } from './queue.ts';
 import { mostPictures, mostSide, type Served } from './served.ts';
@@ -72,7 +72,7 @@ const escaped = (text: string): string => text.replace(/[&<>"']/g, (letter) => `
 
 export function a1111Extras(served: Served, queue: Queue): Routes {
   const enlarge = async (
-    { json, signal }: Asked,
+    { json, signal }: HttpRequest,
     picturesOf: (body: Body) => Order['pictures'],
     answer: (drawn: readonly Drawn[]) => Record<string, unknown>,
   ): Promise<Reply> => {

@@ -7,7 +7,7 @@ import { type ControlBalance, controlBalances } from '../../models/control/contr
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
 import { oneOf } from '../option_values.ts';
 import { base64, booleanOf, numberOf, only, pictureBytes, readFields, textOf } from './fields.ts';
-import type { Asked, Reply, Routes } from './http.ts';
+import type { HttpRequest, Reply, Routes } from './http.ts';
 import type { Fit, Made, Order, Settings } from './messages.ts';
 import { madeBy, moduleDetail, modules } from './preprocessors.ts';
 import type { Queue } from './queue.ts';
@@ -225,7 +225,7 @@ function modeOf(type: unknown): number {
 }
 
 /** What a preprocessor makes of pictures. */
-async function detect({ json, signal }: Asked, queue: Queue): Promise<Reply> {
+async function detect({ json, signal }: HttpRequest, queue: Queue): Promise<Reply> {
   const body = await json();
   const made = madeBy(
     textOf(body.controlnet_module ?? 'none', 'controlnet_module'),

@@ -21,7 +21,7 @@ export class Refusal extends Error {
   }
 }
 
-export interface Asked {
+export interface HttpRequest {
   url: URL;
   /** The body's JSON object. @throws Refusal, UserError */
   json(): Promise<Record<string, unknown>>;
@@ -38,7 +38,7 @@ export type Reply =
   | { events(send: (event: string, data: unknown) => void): Promise<void> };
 
 /** By `METHOD /path`. */
-export type Routes = Readonly<Record<string, (asked: Asked) => Reply | Promise<Reply>>>;
+export type Routes = Readonly<Record<string, (asked: HttpRequest) => Reply | Promise<Reply>>>;
 
 export interface HttpOptions extends Rules {
   /** Routes that need no key, as they tell nothing and do nothing. */

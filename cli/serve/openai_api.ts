@@ -18,7 +18,7 @@ import {
   text,
   unheeded,
 } from './fields.ts';
-import type { Asked, Reply, Routes } from './http.ts';
+import type { HttpRequest, Reply, Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';
 import { type Queue, tellingBy } from './queue.ts';
 import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
@@ -169,7 +169,7 @@ export function openaiApi(served: Served, orders: Queue): Routes {
 }
 
 /** A form with a picture, and perhaps a mask. */
-async function editOf({ form }: Asked): Promise<{ body: Body; over: Order }> {
+async function editOf({ form }: HttpRequest): Promise<{ body: Body; over: Order }> {
   const entries = [...(await form())];
   const files = entries.filter(([, value]) => typeof value !== 'string') as [string, Blob][];
   const named = (...keys: string[]) => files.filter(([key]) => keys.includes(key)).map(([, file]) => file);

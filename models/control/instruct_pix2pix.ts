@@ -38,10 +38,10 @@ const foreign = {
   adaptive_projected_guidance: '--apg',
 } as const;
 
-type Asked = InstructPix2PixRequest & { image?: Latents } & { [K in keyof typeof foreign]?: unknown };
+type EditRequest = InstructPix2PixRequest & { image?: Latents } & { [K in keyof typeof foreign]?: unknown };
 
 /** @throws UserError where such a model is asked for what it has not learnt, or another for what only such a one has */
-export function checkInstructPix2Pix(config: Channels, request: Asked): void {
+export function checkInstructPix2Pix(config: Channels, request: EditRequest): void {
   if (!isInstructPix2Pix(config)) {
     if (request.image_guidance_scale === undefined) return;
     throw new UserError(

@@ -4,7 +4,13 @@ import type { AddressInfo } from 'node:net';
 import { type Test, test } from 'tap';
 import { type Drawer, openDrawer } from '../../cli/serve/drawer_process.ts';
 import { isLoopback, type Rules, refusal } from '../../cli/serve/guard.ts';
-import { type Asked, type HttpOptions, httpServer, type Reply, type Routes } from '../../cli/serve/http.ts';
+import {
+  type HttpOptions,
+  type HttpRequest,
+  httpServer,
+  type Reply,
+  type Routes,
+} from '../../cli/serve/http.ts';
 import type { Order, Standing } from '../../cli/serve/messages.ts';
 import { openQueue } from '../../cli/serve/queue.ts';
 
@@ -182,7 +188,7 @@ test('who leaves while a body is sent is no bug', async (t) => {
   const isOver = new Promise<void>((resolve) => {
     left = resolve;
   });
-  const take = async ({ json }: Asked): Promise<Reply> => {
+  const take = async ({ json }: HttpRequest): Promise<Reply> => {
     try {
       return { json: await json() };
     } finally {

@@ -5,7 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
 import { a1111Api } from '../../cli/serve/a1111_api.ts';
-import type { Asked } from '../../cli/serve/http.ts';
+import type { HttpRequest } from '../../cli/serve/http.ts';
 import { openaiApi } from '../../cli/serve/openai_api.ts';
 import type { Queue } from '../../cli/serve/queue.ts';
 import { writeEDM } from '../support/edm_golden.ts';
@@ -100,7 +100,7 @@ test('a page tells of every route', async (t) => {
   const routes = Object.keys({ ...openaiApi(served, {} as Queue), ...a1111Api(served, {} as Queue) });
   for (const route of routes) t.ok(text.includes(`\`${route}\``), route);
 
-  const asked = { url: new URL('http://localhost/?skip_current_image=true') } as Asked;
+  const asked = { url: new URL('http://localhost/?skip_current_image=true') } as HttpRequest;
   const told = async (path: string, queue: Partial<Queue> = {}) =>
     ((await a1111Api(served, queue as Queue)[`GET /sdapi/v1/${path}`](asked)) as { json: unknown }).json;
   t.match(await told('embeddings'), { loaded: { toy: { vectors: 3 } }, skipped: {} });
