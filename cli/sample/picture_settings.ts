@@ -7,7 +7,8 @@ import { readPngText } from '../../io/png.ts';
 import type { Request } from '../../models/request.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
 import { readFor } from '../option_values.ts';
-import { type Parameters, readParameters, writeParameters } from './a1111.ts';
+import { type Parameters, readParameters } from './a1111_read.ts';
+import { writeParameters } from './a1111_write.ts';
 import type { SampleOptions } from './options.ts';
 import { loraTags } from './prompt_loras.ts';
 

@@ -1,6 +1,6 @@
 // A1111's routes (`/sdapi/v1`) that clients draw with; those that they ask what there is before they draw are in a1111_lists.ts.
 import { pngText } from '../../io/png.ts';
-import { readParameters } from '../sample/a1111.ts';
+import { readParameters } from '../sample/a1111_read.ts';
 import { a1111Extras } from './a1111_extras.ts';
 import { a1111Lists } from './a1111_lists.ts';
 import { flagKeys, orderOf } from './a1111_order.ts';

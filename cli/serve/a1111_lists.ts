@@ -1,7 +1,7 @@
 // A1111's routes that tell what there is, which clients ask before they draw, some of them to know whether it is A1111 at all. What this
 // server has none of is an empty list.
 import { freemem, totalmem } from 'node:os';
-import { samplerLabels, scheduleTypes } from '../sample/a1111.ts';
+import { samplerLabels, scheduleTypes } from '../sample/a1111_samplers.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { upscalerNames } from './a1111_extras.ts';
 import { checkOverrides } from './a1111_order.ts';

@@ -4,7 +4,7 @@ import { UserError } from '../../io/errors.ts';
 import { takesEtaAncestral } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
 import { readFor } from '../option_values.ts';
-import { schedulerOf, scheduleTypes } from '../sample/a1111.ts';
+import { schedulerOf, scheduleTypes } from '../sample/a1111_samplers.ts';
 import { type Body, labelled, numberOf, said } from './fields.ts';
 import type { Settings } from './messages.ts';
 

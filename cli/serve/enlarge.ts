@@ -5,7 +5,7 @@ import { lay, type Picture } from '../../io/pixels.ts';
 import { pngText } from '../../io/png.ts';
 import { resize } from '../../io/resize.ts';
 import type { Upscaler } from '../../models/upscaler/upscaler.ts';
-import { upscalerName } from '../sample/a1111.ts';
+import { upscalerName } from '../sample/a1111_write.ts';
 import type { Sides } from '../sample/hires_options.ts';
 import type { Enlarging } from './messages.ts';
 import { mostSide } from './served.ts';

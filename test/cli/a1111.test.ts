@@ -1,6 +1,7 @@
 // A1111's `parameters` text, read as its own program and others write it, and written as they read it.
 import { test } from 'tap';
-import { readParameters, writeParameters } from '../../cli/sample/a1111.ts';
+import { readParameters } from '../../cli/sample/a1111_read.ts';
+import { writeParameters } from '../../cli/sample/a1111_write.ts';
 import type { SampleOptions } from '../../cli/sample/options.ts';
 import { complete } from '../../models/request.ts';
 import { sigmaSchedules } from '../../models/samplers/config.ts';

@@ -4,7 +4,7 @@ import { mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'tap';
-import { readParameters } from '../../cli/sample/a1111.ts';
+import { readParameters } from '../../cli/sample/a1111_read.ts';
 import { metadataOf, openLoraFolder } from '../../cli/sample/lora_folder.ts';
 import { readPrompts, withoutLoras } from '../../cli/sample/prompt_loras.ts';
 import { writePng } from '../../io/image.ts';
