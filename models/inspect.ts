@@ -24,7 +24,8 @@ import { tinyPart } from './formats/taesd_file.ts';
 import { openUNetFile } from './formats/unet_file.ts';
 import { ipAdapter, isIPAdapter, parseIPAdapter } from './ip_adapter/ip_adapter.ts';
 import { adapterAt, isAdapter, layersIn } from './lora/lora_file.ts';
-import { isEDM, parseSchedulerConfig } from './samplers/config.ts';
+import { isEDM } from './samplers/config.ts';
+import { parseSchedulerConfig } from './samplers/config_checks.ts';
 import { inversionIn } from './text/textual_inversion.ts';
 
 export interface Component {

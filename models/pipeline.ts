@@ -32,7 +32,7 @@ import { type AdapterFile, adapterSetter } from './lora/lora.ts';
 import { type Planned, planOf, promptsThrough } from './plan.ts';
 import { checkLoaded, checkPrompts } from './prompts.ts';
 import { type Asked, complete, type Request } from './request.ts';
-import { parseSchedulerConfig } from './samplers/config.ts';
+import { parseSchedulerConfig } from './samplers/config_checks.ts';
 import type { Denoise, Plan, Sampler, StepResult } from './samplers/sampler.ts';
 import { type Start, startOf } from './start.ts';
 import { parseTextConfig, textEncoder, tokenizerFor } from './text/clip.ts';

@@ -3,7 +3,8 @@
 import { UserError } from '../io/errors.ts';
 import { isInstructPix2Pix } from './control/instruct_pix2pix.ts';
 import type { Request } from './request.ts';
-import { isEDM, parseSchedulerConfig, type SchedulerConfig } from './samplers/config.ts';
+import { isEDM, type SchedulerConfig } from './samplers/config.ts';
+import { parseSchedulerConfig } from './samplers/config_checks.ts';
 import { createSampler } from './samplers/registry.ts';
 import type { Sampler } from './samplers/sampler.ts';
 import { strengthOf } from './start.ts';

@@ -17,7 +17,7 @@ import { sizeOf, type Tensor, tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { packageRoot } from '../../io/package_root.ts';
 import { emojiModel } from '../../models/formats/presets.ts';
-import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import { unet } from '../../models/unet/unet.ts';
 import { vae } from '../../models/vae/vae.ts';
 import { diffusionLoss, noisedInputs, objectiveOf } from '../../train/objective/objective.ts';

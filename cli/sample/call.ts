@@ -11,7 +11,7 @@ import type { AdapterFile } from '../../models/lora/lora.ts';
 import { isGuided, sizesOf } from '../../models/pipeline.ts';
 import { planOf, samplerFor } from '../../models/plan.ts';
 import type { Request } from '../../models/request.ts';
-import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
 import { checkAPG } from '../../models/unet/apg.ts';
 import { cachingOf } from '../../models/unet/deepcache.ts';

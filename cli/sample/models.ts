@@ -10,7 +10,7 @@ import { isGuided, loadPipeline, type Pipeline } from '../../models/pipeline.ts'
 import { planOf, promptsThrough } from '../../models/plan.ts';
 import { encodePrompt } from '../../models/prompts.ts';
 import type { Request } from '../../models/request.ts';
-import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import { type PromptEmbeds, type Prompts, textKey } from '../../models/text/conditioning.ts';
 import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
 import { parseUNetConfig } from '../../models/unet/unet.ts';

@@ -8,13 +8,8 @@ import type { TensorEntry } from '../../io/safetensors.ts';
 import type { TensorFile } from '../../io/tensor_file.ts';
 import type { Json } from '../checkpoint/checkpoint.ts';
 import { isPositive } from '../checkpoint/config_values.ts';
-import {
-  completeConfig,
-  isEDM,
-  parseSchedulerConfig,
-  type SchedulerClass,
-  schedulerDefaults,
-} from '../samplers/config.ts';
+import { isEDM, type SchedulerClass, schedulerDefaults } from '../samplers/config.ts';
+import { completeConfig, parseSchedulerConfig } from '../samplers/config_checks.ts';
 
 const empty: Readonly<Record<string, Json>> = {
   v_pred: { prediction_type: 'v_prediction' },

@@ -1,7 +1,6 @@
 // Samplers by name: diffusers' class names, and the short names people use for them.
 import { didYouMean, UserError } from '../../io/errors.ts';
 import {
-  completeConfig,
   isEDM,
   layoutOptions,
   type SchedulerClass,
@@ -11,6 +10,7 @@ import {
   sigmaSchedules,
   takesSchedule,
 } from './config.ts';
+import { completeConfig } from './config_checks.ts';
 import { ddim } from './ddim.ts';
 import { ddpm } from './ddpm.ts';
 import { deis } from './deis.ts';

@@ -4,13 +4,8 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
-import {
-  completeConfig,
-  isEDM,
-  parseSchedulerConfig,
-  type SchedulerConfig,
-  schedulerClasses,
-} from '../../models/samplers/config.ts';
+import { isEDM, type SchedulerConfig, schedulerClasses } from '../../models/samplers/config.ts';
+import { completeConfig, parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import { createSampler, samplerNames } from '../../models/samplers/registry.ts';
 import type { Plan, PlanOptions, Sampler } from '../../models/samplers/sampler.ts';
 import {

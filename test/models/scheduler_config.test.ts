@@ -3,13 +3,8 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { test } from 'tap';
-import {
-  completeConfig,
-  parseSchedulerConfig,
-  type SchedulerClass,
-  type SchedulerConfig,
-  schedulerClasses,
-} from '../../models/samplers/config.ts';
+import { type SchedulerClass, type SchedulerConfig, schedulerClasses } from '../../models/samplers/config.ts';
+import { completeConfig, parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import { createSampler, samplerNames, shortSchedulerNames } from '../../models/samplers/registry.ts';
 import { goldenFolder, goldenLines } from '../support/golden.ts';
 import { says } from '../support/mistake.ts';

@@ -5,7 +5,7 @@ import { openDevice } from '../../engine/device.ts';
 import { scope } from '../../engine/scope.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import { sdxlScheduler } from '../../models/formats/presets.ts';
-import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import type { Conditioning } from '../../models/unet/transformer.ts';
 import type { UNet } from '../../models/unet/unet.ts';
 import { draws } from '../../train/data/draws.ts';

@@ -11,7 +11,7 @@ import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
 import { type Part, textParts } from '../../models/load_options.ts';
 import { loadPipeline, type Pipeline } from '../../models/pipeline.ts';
 import { encodePrompt } from '../../models/prompts.ts';
-import { parseSchedulerConfig } from '../../models/samplers/config.ts';
+import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import { mostChunks, type PromptEmbeds } from '../../models/text/conditioning.ts';
 import { withPosterior } from '../../models/vae/autoencoder.ts';
 import { shownMasked } from '../controls/inpainting.ts';
