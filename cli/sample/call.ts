@@ -1,10 +1,10 @@
 // What a call of `sdxl sample` comes to on the models that it names: how large, from which seed, in which steps. All that can be wrong
 // with it is found here, by the models' configs, before any weight is read.
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { checkControlModes } from '../../models/control/control_request.ts';
 import { checkInpainting } from '../../models/control/inpainting.ts';
 import { checkInstructPix2Pix } from '../../models/control/instruct_pix2pix.ts';
 import { checkLLLiteSize, isLLLiteSource, llliteConfig } from '../../models/control/lllite.ts';
-import { checkControlModes } from '../../models/control/multicontrolnet.ts';
 import { checkSquares, t2iAdapterConfig } from '../../models/control/t2i_adapter.ts';
 import { askedPictures } from '../../models/ip_adapter/image_prompt.ts';
 import type { AdapterFile } from '../../models/lora/lora.ts';

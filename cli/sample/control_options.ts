@@ -5,8 +5,8 @@ import { didYouMean, UserError } from '../../io/errors.ts';
 import { preprocessControl } from '../../io/image.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { type ControlBalance, controlBalances } from '../../models/control/control_balance.ts';
+import type { ControlRequest } from '../../models/control/control_request.ts';
 import { controlModeOf, controlModes } from '../../models/control/controlnet_union.ts';
-import type { ControlRequest } from '../../models/control/multicontrolnet.ts';
 import { fraction, oneOf, type Pair, pair, repeated, scaledFile, texts } from '../option_values.ts';
 
 export interface ControlOptions {

@@ -87,7 +87,7 @@ test('names in a program', (t) => {
     'denoiser',
     'start',
     'text/conditioning',
-    'control/multicontrolnet',
+    'control/control_request',
     'ip_adapter/image_prompt',
   ];
   const request = parts
