@@ -8,6 +8,8 @@ import type { KernelArgument } from './manifest.ts';
 /** What the engine passes: tensors' addresses and numbers, 0n for an absent tensor. */
 export type LaunchArgument = bigint | number;
 export type LaunchArguments = readonly LaunchArgument[];
+/** Those of them that are addresses. */
+export type Pointers = readonly bigint[];
 
 export interface KernelLaunch {
   /** The PTX file, and the entry in it without its storage type. */

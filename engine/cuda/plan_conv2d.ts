@@ -7,21 +7,15 @@ import {
   type LaunchArguments,
   type Plan,
   type PlanContext,
+  type Pointers,
   THREADS,
   walking,
 } from './plan.ts';
 import { convolutionOfHalves } from './plan_conv2d_float32.ts';
 import { hopperConvolution } from './plan_conv2d_sm90.ts';
+import { choose, isWhole, join, type Size, TILE_THREADS } from './plan_gemm.ts';
 import { convolutionByColumns } from './plan_im2col.ts';
-import {
-  choose,
-  hopperLaunches,
-  isWhole,
-  join,
-  type Pointers,
-  type Size,
-  TILE_THREADS,
-} from './plan_matrix.ts';
+import { hopperLaunches } from './plan_matrix_sm90.ts';
 
 interface Convolution extends Size {
   readonly entry: string;

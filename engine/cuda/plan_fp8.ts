@@ -12,7 +12,9 @@ import {
   THREADS,
   walking,
 } from './plan.ts';
-import { GEGLU, hopperLaunches, linearForward } from './plan_matrix.ts';
+import { GEGLU } from './plan_gemm.ts';
+import { linearForward } from './plan_matrix.ts';
+import { hopperLaunches } from './plan_matrix_sm90.ts';
 import { bytesAlong, hopperTakes, isWalkable, STEP } from './plan_sm90.ts';
 
 const SCALE_CHUNK = 8192; // fp8.cu

@@ -6,10 +6,11 @@ import {
   type KernelLaunch,
   type LaunchArgument,
   type PlanContext,
+  type Pointers,
   THREADS,
   walking,
 } from './plan.ts';
-import { type Pointers, product, productSums } from './plan_matrix.ts';
+import { product, productSums } from './plan_matrix.ts';
 
 /** Channels out that are few, and columns that are too many to lay out. */
 const FEW = 16;

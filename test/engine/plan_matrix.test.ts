@@ -2,7 +2,7 @@
 // multiprocessors, no k in parts that make none. What runs is proved in test/kernels.
 import { test } from 'tap';
 import type { PlanContext } from '../../engine/cuda/plan.ts';
-import { choose } from '../../engine/cuda/plan_matrix.ts';
+import { choose } from '../../engine/cuda/plan_gemm.ts';
 
 const geforce = { dtype: 'bfloat16', elementBytes: 2, sharedBytes: 99 * 1024, hopper: false } as const;
 const on = (multiprocessors: number, more: Partial<PlanContext> = {}) =>

@@ -2,7 +2,7 @@
 // schedule, against the reference in float64 (op_exact.ts). cuda.test.ts shares the jobs out to threads
 // (kernel_worker.ts), and judges what it counts: which kernels met which shapes, and which of their blocks ran.
 import { divideUp } from '../../engine/cuda/plan.ts';
-import { type Choice, forced, type Size } from '../../engine/cuda/plan_matrix.ts';
+import { type Choice, forced, type Size } from '../../engine/cuda/plan_gemm.ts';
 import { overrides, type ProductKind, tilesOf } from '../../engine/cuda/plan_sm90.ts';
 import { cudaDevice, type Device } from '../../engine/device.ts';
 import { registry } from '../../engine/op.ts';
