@@ -70,7 +70,7 @@ interface Parts {
 
 /** Encodes the prompts, pictures among them, and places what the steps read. The caller releases it. */
 export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan: DenoiserPlan): Denoiser {
-  const { device, text, adapter, ipAdapter } = model;
+  const { device } = model;
   const { shape, calls } = plan;
   const [images] = shape;
   const [from, to] = plan.guided ? guidedCalls(request, calls) : [0, 0];
@@ -78,11 +78,7 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
   const inputs = withoutSeams(plan.seamless, () =>
     noGrad(() => scope(() => placeInputs(model, request, plan, isCut))),
   );
-  if (request.last) {
-    for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
-    for (const { module } of [...adapter, ...ipAdapter]) unload(module);
-    device.memory.trim();
-  }
+  if (request.last) unloadEncoders(model);
   const [guided, unguided] = [sideOf(plan, inputs, true), sideOf(plan, inputs, false)];
   const isGuided = (i: number): boolean => i >= from && i < to;
   const partsAt = (i: number): Parts => {
@@ -118,6 +114,13 @@ export function openDenoiser(model: GuidedModel, request: GuidanceRequest, plan:
       for (const t of inputs.kept) t.release();
     },
   };
+}
+
+/** Of what the steps do not run. */
+function unloadEncoders({ device, text, adapter, ipAdapter }: GuidedModel): void {
+  for (const { encoder } of [...text.encoders, ...ipAdapter]) unload(encoder);
+  for (const { module } of [...adapter, ...ipAdapter]) unload(module);
+  device.memory.trim();
 }
 
 function sideOf(plan: DenoiserPlan, inputs: Inputs, guided: boolean): Side {

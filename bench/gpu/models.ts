@@ -17,7 +17,7 @@ import { TorchGenerator } from '../../models/random/torch_random.ts';
 import { ContextCache } from '../../models/unet/context_cache.ts';
 import { feedForwardToFp8 } from '../../models/unet/fp8.ts';
 import { keepInQ8 } from '../../models/unet/q8.ts';
-import { unet } from '../../models/unet/unet.ts';
+import { type UNet, unet } from '../../models/unet/unet.ts';
 import { fillRandom } from '../pool_weights.ts';
 import { buildSubject, type SubjectName, unetInputs } from '../subjects.ts';
 import { median } from '../timing.ts';
@@ -105,6 +105,14 @@ interface Replayed {
   weights?: 'q8' | 'fp8';
 }
 
+function randomUNet(preset: ModelPreset, device: Device, weights: Replayed['weights']): UNet {
+  const module = unet(preset.unet);
+  if (weights === 'q8') keepInQ8(module);
+  fillRandom(module, device, 'bfloat16');
+  if (weights === 'fp8') feedForwardToFp8(module);
+  return module;
+}
+
 /** One step of the base UNet on two rows, from a graph. */
 function replayed(
   shop: Shop,
@@ -119,10 +127,7 @@ function replayed(
       const { gpu, timer } = shop();
       const { device } = gpu;
       const preset: ModelPreset = presets[scale.preset];
-      const module = unet(preset.unet);
-      if (weights === 'q8') keepInQ8(module);
-      fillRandom(module, device, 'bfloat16');
-      if (weights === 'fp8') feedForwardToFp8(module);
+      const module = randomUNet(preset, device, weights);
       const sizes = { width: scale.side, height: scale.side, batch: 2 };
       const { sample, times, conditioning, release } = unetInputs(preset, sizes, device, 'bfloat16');
       const cache = cached ? new ContextCache() : undefined;
@@ -142,14 +147,8 @@ function replayed(
       first.release();
       release();
       device.memory.trim();
-      const key = {
-        subject: 'unet',
-        how: 'graph',
-        batch: 2,
-        ...(cached && { cached }),
-        ...(pdl ? {} : { pdl }),
-        ...(weights && { weights }),
-      };
+      const kind = { ...(cached && { cached }), ...(pdl ? {} : { pdl }), ...(weights && { weights }) };
+      const key = { subject: 'unet', how: 'graph', batch: 2, ...kind };
       const flops = cached ? undefined : passFlops('unet', scale, 2);
       const problem = finite ? {} : { problem: 'the output is not finite' };
       return { name: label, key, timing, flops, more, ...problem };

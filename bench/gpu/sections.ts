@@ -115,17 +115,10 @@ function watch<R>(
   let began = performance.now();
   let stopped: string | undefined;
   let errors = '';
-  const stop = (why: string) => {
+  const limits = startLimits(left, caseLimit, (why) => {
     stopped ??= why;
     child.kill('SIGKILL');
-  };
-  let stall: NodeJS.Timeout;
-  const rewind = (start = 0) => {
-    clearTimeout(stall);
-    stall = setTimeout(() => stop(`no end after ${caseLimit} seconds`), (start + caseLimit) * 1000);
-  };
-  rewind(START);
-  const overall = setTimeout(() => stop('out of time'), left);
+  });
   child.stderr?.on('data', (chunk: Buffer) => {
     errors = (errors + chunk).slice(-2000);
   });
@@ -134,7 +127,7 @@ function watch<R>(
     const message = JSON.parse(line) as Message<R>;
     if ('end' in message) onResult(message.end, message.result, (performance.now() - began) / 1000);
     began = performance.now();
-    rewind();
+    limits.rewind();
   });
   return new Promise((resolve) => {
     let code: number | null = null;
@@ -142,8 +135,7 @@ function watch<R>(
     let open = 2;
     const close = () => {
       if (--open) return;
-      clearTimeout(stall);
-      clearTimeout(overall);
+      limits.end();
       const seconds = (performance.now() - began) / 1000;
       const said = errors.trim().split('\n').at(-1);
       const how = signal ? `ended by ${signal}` : `ended with status ${code}`;
@@ -160,6 +152,24 @@ function watch<R>(
       errors += error.message;
     });
   });
+}
+
+/** Calls `stop` when all the time is over, or that of a case, which begins anew with each rewind. */
+function startLimits(left: number, caseLimit: number, stop: (why: string) => void) {
+  let stall: NodeJS.Timeout;
+  const rewind = (start = 0) => {
+    clearTimeout(stall);
+    stall = setTimeout(() => stop(`no end after ${caseLimit} seconds`), (start + caseLimit) * 1000);
+  };
+  rewind(START);
+  const overall = setTimeout(() => stop('out of time'), left);
+  return {
+    rewind: () => rewind(),
+    end() {
+      clearTimeout(stall);
+      clearTimeout(overall);
+    },
+  };
 }
 
 /** The child's side: runs the cases of a section from the `from`-th on, telling the parent of each. */

@@ -3,7 +3,7 @@
 // large square product; optimizer steps; copies. Keys are what a peer's measurement of the same call is found by.
 import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Direction } from '../../engine/device.ts';
-import { type OpRecord, registry } from '../../engine/op.ts';
+import { type OpRecord, registry, type Spec } from '../../engine/op.ts';
 import { blocksOf } from '../../engine/ops/adamw_8bit.ts';
 import { sizeOf } from '../../engine/tensor.ts';
 import { bytesPerElement, type FloatDType } from '../../io/dtype.ts';
@@ -154,16 +154,19 @@ function vaeCases(shop: Shop, name: string, { preset, side, smoke }: Scale): Ben
 
 type Moments = 'float32' | 'bfloat16' | 'uint8';
 
+/** What a step of AdamW over flat parameters reads and writes. */
+function adamwInputs(count: number, dtype: FloatDType, moments: Moments): Record<string, Spec> {
+  const shape = [count];
+  const given = { weight: { shape, dtype }, gradient: { shape, dtype } };
+  const moment = { shape, dtype: moments };
+  if (moments !== 'uint8') return { ...given, exp_avg: moment, exp_avg_sq: moment };
+  const largest = { shape: [blocksOf(count)], dtype: 'float32' } as const;
+  return { ...given, state1: moment, state2: moment, absmax1: largest, absmax2: largest };
+}
+
 /** AdamW over flat parameters, its moments in floats or a byte each. */
 function adamw(shop: Shop, count: number, dtype: FloatDType, moments: Moments): BenchCase {
-  const shape = [count];
-  const moment = { shape, dtype: moments };
-  const largest = { shape: [blocksOf(count)], dtype: 'float32' } as const;
-  const states =
-    moments === 'uint8'
-      ? { state1: moment, state2: moment, absmax1: largest, absmax2: largest }
-      : { exp_avg: moment, exp_avg_sq: moment };
-  const inputs = { weight: { shape, dtype }, gradient: { shape, dtype }, ...states };
+  const inputs = adamwInputs(count, dtype, moments);
   const label = `adamw ${(count / 1e6).toFixed(0)}M ${dtype}, moments in ${moments}`;
   return {
     label,

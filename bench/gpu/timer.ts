@@ -1,6 +1,6 @@
 // Device time of a call by CUDA events: in a graph, where the host does not show, and launched one by one, as a caller without
 // a graph has it. Calls rotate over several sets of buffers, together larger than three times the L2 cache.
-import { DeviceAttribute, type Event } from '../../engine/cuda/api.ts';
+import { DeviceAttribute, type Event, type GpuApi, type Stream } from '../../engine/cuda/api.ts';
 import type { CudaDriver } from '../../engine/cuda/device.ts';
 import type { Replay } from '../../engine/driver.ts';
 import { median } from '../timing.ts';
@@ -28,29 +28,12 @@ const DEFAULT_L2 = 50 * 2 ** 20;
 
 export function openTimer({ api, ordinal, device }: BenchGpu, smoke: boolean): Timer {
   const driver = device.driver as CudaDriver & { capture(queue: () => void): Replay };
-  const { stream } = driver;
   const l2 = api.cuDeviceGetAttribute(DeviceAttribute.L2_CACHE_SIZE, ordinal) || DEFAULT_L2;
-  const marks: Event[] = [];
-  const mark = (i: number): void => {
-    marks[i] ??= api.cuEventCreate(0);
-    api.cuEventRecord(marks[i], stream);
-  };
-  const sync = () => api.cuStreamSynchronize(stream);
+  const { sync, between } = marksIn(driver.stream, api);
   const rest = (ms: number) => {
     sync();
     if (!smoke) Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, ms);
   };
-  /** Microseconds between one mark and the next of `count` runs of `work`. */
-  const between = (count: number, work: () => void): number[] => {
-    mark(0);
-    for (let i = 1; i <= count; i++) {
-      work();
-      mark(i);
-    }
-    sync();
-    return Array.from({ length: count }, (_, i) => api.cuEventElapsedTime(marks[i], marks[i + 1]) * 1000);
-  };
-
   return {
     sync,
     setsFor: (bytes) => (smoke ? 2 : Math.max(2, Math.min(64, Math.ceil((3 * l2) / bytes)))),
@@ -77,6 +60,27 @@ export function openTimer({ api, ordinal, device }: BenchGpu, smoke: boolean): T
     },
     events: (samples, work) => summary(between(smoke ? 1 : samples, work)),
   };
+}
+
+/** Events in a stream, kept for the next timing. */
+function marksIn(stream: Stream, api: GpuApi) {
+  const marks: Event[] = [];
+  const mark = (i: number): void => {
+    marks[i] ??= api.cuEventCreate(0);
+    api.cuEventRecord(marks[i], stream);
+  };
+  const sync = () => api.cuStreamSynchronize(stream);
+  /** Microseconds between one mark and the next of `count` runs of `work`. */
+  const between = (count: number, work: () => void): number[] => {
+    mark(0);
+    for (let i = 1; i <= count; i++) {
+      work();
+      mark(i);
+    }
+    sync();
+    return Array.from({ length: count }, (_, i) => api.cuEventElapsedTime(marks[i], marks[i + 1]) * 1000);
+  };
+  return { sync, between };
 }
 
 function summary(us: readonly number[]): Timing {

@@ -155,13 +155,7 @@ function sharedRequest(
   if (options.timestepSpacing) config.timestep_spacing = options.timestepSpacing;
   const { timesteps, sigmas } = options;
   return {
-    // An empty text is no second prompt, and yet a negative prompt.
-    prompt_2: options.prompt2 ? [options.prompt2] : undefined,
-    negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
-    negative_prompt_2: options.negativePrompt2 ? [options.negativePrompt2] : undefined,
-    clip_skip: options.clipSkip,
-    max_token_length: options.maxTokenLength,
-    emphasis: options.emphasis,
+    ...textsRequest(options),
     width,
     height,
     timesteps,
@@ -185,16 +179,32 @@ function sharedRequest(
     denoising_start: options.refiner ? undefined : options.denoisingStart,
     vae_tiling: options.vaeTiling,
     seamless: options.seamless,
-    original_size: options.originalSize,
-    crops_coords_top_left: options.cropsCoordsTopLeft,
-    target_size: options.targetSize,
-    negative_original_size: options.negativeOriginalSize,
-    negative_crops_coords_top_left: options.negativeCropsCoordsTopLeft,
-    negative_target_size: options.negativeTargetSize,
-    aesthetic_score: options.aestheticScore,
-    negative_aesthetic_score: options.negativeAestheticScore,
+    ...sizesRequest(options),
   };
 }
+
+/** What is asked beside the prompt itself, and how they are read. */
+const textsRequest = (options: SampleOptions): Partial<Request> => ({
+  // An empty text is no second prompt, and yet a negative prompt.
+  prompt_2: options.prompt2 ? [options.prompt2] : undefined,
+  negative_prompt: options.negativePrompt === undefined ? undefined : [options.negativePrompt],
+  negative_prompt_2: options.negativePrompt2 ? [options.negativePrompt2] : undefined,
+  clip_skip: options.clipSkip,
+  max_token_length: options.maxTokenLength,
+  emphasis: options.emphasis,
+});
+
+/** What the network is told of a picture's sizes and looks. */
+const sizesRequest = (options: SampleOptions): Partial<Request> => ({
+  original_size: options.originalSize,
+  crops_coords_top_left: options.cropsCoordsTopLeft,
+  target_size: options.targetSize,
+  negative_original_size: options.negativeOriginalSize,
+  negative_crops_coords_top_left: options.negativeCropsCoordsTopLeft,
+  negative_target_size: options.negativeTargetSize,
+  aesthetic_score: options.aestheticScore,
+  negative_aesthetic_score: options.negativeAestheticScore,
+});
 
 /** Which of the prompts the i-th request is of. */
 export const promptAt = ({ batchCount }: SampleOptions, i: number): number => Math.floor(i / batchCount);
