@@ -17,7 +17,7 @@ import { readPicture, writePng } from '../../io/image.ts';
 import { readPngText } from '../../io/png.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { savedLatents } from '../support/contents.ts';
-import { area, disc, picture, writeControlNet } from '../support/controlnet_golden.ts';
+import { area, disc, type picture, pictureIn, writeControlNet } from '../support/controlnet_golden.ts';
 import { allClose, type GoldenCase, goldenFolder, maxDifference } from '../support/golden.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-cli-controlnet-'));
@@ -26,11 +26,7 @@ const at = (name: string): string => join(folder, name);
 const [model, refiner] = ['tiny-sdxl', 'tiny-sdxl-refiner'].map((name) => join(goldenFolder, name));
 for (const name of ['full', 'mid', 'small']) writeControlNet(at(name), name);
 
-const pictureFile = (...[seed, width, height]: [number, number, number]): string => {
-  const file = at(`${seed}-${width}x${height}.png`);
-  writePng(file, picture(seed, width, height));
-  return file;
-};
+const pictureFile = (...of: Parameters<typeof picture>): string => pictureIn(folder, ...of);
 const size = ['--width', '64', '--height', '64'];
 const sample = (...argv: string[]) =>
   sdxl('sample', '--model', model, '--prompt', 'a red fox in the snow', '--quiet', ...argv);

@@ -10,7 +10,7 @@ import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
 import type { Scale, ScalesByBlock } from '../../models/ip_adapter/ip_adapter_scale.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { savedLatents } from '../support/contents.ts';
-import { disc, picture } from '../support/controlnet_golden.ts';
+import { disc, pictureIn } from '../support/controlnet_golden.ts';
 import { allClose, goldenFolder, maxDifference } from '../support/golden.ts';
 import {
   encoderConfig,
@@ -27,11 +27,7 @@ const [model, refiner] = ['tiny-sdxl', 'tiny-sdxl-refiner'].map((name) => join(g
 writeEncoder(at('image_encoder'));
 for (const name of ['plain', 'plus']) writeIPAdapter(at(`${name}.safetensors`), name);
 
-const pictureFile = (...of: Of): string => {
-  const file = at(`${of.join('-')}.png`);
-  writePng(file, picture(...of));
-  return file;
-};
+const pictureFile = (...of: Of): string => pictureIn(folder, ...of);
 const seen = pictureFile(1, 117, 149);
 const size = ['--width', '64', '--height', '64'];
 const sample = (...argv: string[]) =>

@@ -9,9 +9,10 @@ import { openSafetensors, writeSafetensors } from '../../io/safetensors.ts';
 import { locateT2IAdapter } from '../../models/locate/locate.ts';
 import { refusesEach, sdxl } from '../support/command_line.ts';
 import { savedLatents } from '../support/contents.ts';
-import { picture } from '../support/controlnet_golden.ts';
+import { pictureIn } from '../support/controlnet_golden.ts';
 import { allClose, goldenFolder, goldenLines, maxDifference } from '../support/golden.ts';
-import { at, type Call } from '../support/golden_calls.ts';
+import { at, type Call, folder } from '../support/golden_calls.ts';
+import type { Of } from '../support/ip_adapter_golden.ts';
 import { hubOf } from '../support/small_hub.ts';
 import { writeT2IAdapter } from '../support/t2i_adapter_golden.ts';
 
@@ -27,11 +28,7 @@ const [edges, sketch] = ['edges', 'sketch'].map((name) => {
   return file;
 });
 
-const pictureFile = (...[seed, width, height]: readonly [number, number, number]): string => {
-  const file = at(`${seed}-${width}x${height}.png`);
-  writePng(file, picture(seed, width, height));
-  return file;
-};
+const pictureFile = (...of: Of): string => pictureIn(folder, ...of);
 const seen = pictureFile(1, 64, 64);
 const size = ['--width', '64', '--height', '64'];
 const sample = (...argv: string[]) =>

@@ -1,4 +1,5 @@
 // The hub's downloader against a small hub of our own on 127.0.0.1.
+
 import { createHash } from 'node:crypto';
 import {
   lstatSync,
@@ -16,6 +17,7 @@ import { join } from 'node:path';
 import { type Test, test } from 'tap';
 import { UserError } from '../../io/errors.ts';
 import { looksLikeHubId, resolveHub } from '../../io/hub.ts';
+import { refused } from '../support/mistake.ts';
 
 const sha = 'c'.repeat(40);
 const large = Buffer.from(Array.from({ length: 300_000 }, (_, i) => (i * 7919) >> 3));
@@ -89,14 +91,6 @@ async function fakeHub(
 }
 
 const wanted = { files: ['config.json', 'unet/model.safetensors'] };
-
-async function refused(t: Test, promise: Promise<unknown>, pattern: RegExp): Promise<void> {
-  const error = await promise.then(
-    () => new Error('nothing was thrown'),
-    (reason: unknown) => reason,
-  );
-  t.ok(error instanceof UserError && pattern.test(error.message), String(error));
-}
 
 test('a download fills the shared cache', async (t) => {
   const hub = await fakeHub(t);

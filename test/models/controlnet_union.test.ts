@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { type Test, test } from 'tap';
 import { type Device, openDevice } from '../../engine/device.ts';
 import { namedParameters } from '../../engine/module.ts';
-import { preprocess, preprocessControl, writePng } from '../../io/image.ts';
+import { preprocess, preprocessControl } from '../../io/image.ts';
 import { type Json, openModel } from '../../models/checkpoint/checkpoint.ts';
 import { controlnetUnion, parseControlNetUnionConfig } from '../../models/control/controlnet_union.ts';
 import { inspect } from '../../models/inspect.ts';
@@ -18,6 +18,7 @@ import { refusesEach, sdxl } from '../support/command_line.ts';
 import { savedLatents } from '../support/contents.ts';
 import {
   picture,
+  pictureIn,
   unionArchitecture,
   writeControlNet,
   writeControlNetUnion,
@@ -89,11 +90,7 @@ for (const device of devices) {
   });
 }
 
-const pictureFile = (of: Of): string => {
-  const file = at(`${of.join('-')}.png`);
-  writePng(file, picture(...of));
-  return file;
-};
+const pictureFile = (of: Of): string => pictureIn(folder, ...of);
 const sample = (...argv: string[]) =>
   sdxl(
     'sample',

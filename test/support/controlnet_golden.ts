@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { namedParameters } from '../../engine/module.ts';
 import { sizeOf } from '../../engine/tensor.ts';
 import { encodeNumbers } from '../../io/dtype.ts';
+import { writePng } from '../../io/image.ts';
 import type { Mask, Picture } from '../../io/pixels.ts';
 import { writeSafetensors } from '../../io/safetensors.ts';
 import type { Json } from '../../models/checkpoint/checkpoint.ts';
@@ -89,6 +90,13 @@ export function picture(seed: number, width: number, height: number): Picture {
     return (3 * x + (5 + 2 * c) * y + 40 * seed) ^ ((x >> 3) * (c + 1 + seed) * 9);
   });
   return { width, height, channels: 3, data };
+}
+
+/** The same in a file of a folder. */
+export function pictureIn(folder: string, ...of: Parameters<typeof picture>): string {
+  const file = join(folder, `${of.join('-')}.png`);
+  writePng(file, picture(...of));
+  return file;
 }
 
 /** The golden calls' mask. */

@@ -45,7 +45,7 @@ export const seeded = (more: Partial<Asked> = {}): Asked => ({
   ...more,
 });
 
-const folder = mkdtempSync(join(tmpdir(), 'sdxl-calls-'));
+export const folder = mkdtempSync(join(tmpdir(), 'sdxl-calls-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 /** A file of the test's own. */
 export const at = (name: string): string => join(folder, name);

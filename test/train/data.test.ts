@@ -1,13 +1,14 @@
 // Training data: sources and the survey of their pictures. run_pictures.test.ts has which of them a run shows, data_views.test.ts what
 // becomes of each, order.test.ts in what order.
+
 import { rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import sharp from 'sharp';
-import { type Test, test } from 'tap';
-import { UserError } from '../../io/errors.ts';
+import { test } from 'tap';
 import { keyOf } from '../../train/data/draws.ts';
 import { survey } from '../../train/data/survey.ts';
 import { folderOf, openDataset, png } from '../support/datasets.ts';
+import { refused } from '../support/mistake.ts';
 
 const listed = async (path: string, caption_column = 'text') => {
   const { examples, problems } = await openDataset({ path, caption_column });
@@ -16,15 +17,6 @@ const listed = async (path: string, caption_column = 'text') => {
     problems: problems.map((problem) => problem.replaceAll(path, '.')),
   };
 };
-
-async function refused(t: Test, promise: Promise<unknown>, pattern: RegExp): Promise<void> {
-  const error = await promise.then(
-    () => new Error('nothing was thrown'),
-    (reason: unknown) => reason,
-  );
-  const sentence = error instanceof UserError && !error.message.includes('\n');
-  t.ok(sentence && pattern.test(error.message), `${pattern}: ${error}`);
-}
 
 test('folders with captions beside the pictures', async (t) => {
   const path = folderOf(t, {

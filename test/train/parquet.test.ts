@@ -1,5 +1,6 @@
 // Datasets in parquet, on files that pyarrow 25 wrote (golden/parquet): ten rows of an image struct and a caption, of which row
 // 3 has no caption and row 7 no picture; pairs of pictures with labels; and datasets of the hub, against a small hub of our own on 127.0.0.1.
+
 import { createHash } from 'node:crypto';
 import { copyFileSync, existsSync, mkdirSync, readFileSync, truncateSync, writeFileSync } from 'node:fs';
 import { createServer } from 'node:http';
@@ -14,18 +15,10 @@ import { chooseFiles } from '../../train/data/split.ts';
 import { survey } from '../../train/data/survey.ts';
 import { openDataset } from '../support/datasets.ts';
 import { packageRoot } from '../support/golden.ts';
+import { refused } from '../support/mistake.ts';
 
 const folder = join(packageRoot, 'test', 'golden', 'parquet');
 const at = (name: string) => join(folder, `${name}.parquet`);
-
-async function refused(t: Test, promise: Promise<unknown>, pattern: RegExp): Promise<void> {
-  const error = await promise.then(
-    () => new Error('nothing was thrown'),
-    (reason: unknown) => reason,
-  );
-  const sentence = error instanceof UserError && !error.message.includes('\n');
-  t.ok(sentence && pattern.test(error.message), `${pattern}: ${error}`);
-}
 
 /** Whether the bytes are picture `salt`. */
 async function isPicture(bytes: Uint8Array, salt: number): Promise<boolean> {
