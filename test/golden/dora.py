@@ -1,35 +1,17 @@
 # Makes dora.jsonl: python3 dora.py, with torch and peft. What peft's DoRA computes on one layer, its gradients, and where five steps of
 # torch's AdamW take it, in float64 (float32 in base64). Of the layer's tensors (weight, bias), x, dy and A, B, number i of the k-th is
 # ((37 i + 11 k) mod 101 - 50) / 64; of the magnitude, the sixth, 1 + half of that.
-import base64
 import json
-import math
 import os
 
 import torch
+from adapter_layers import layer_of, numbers, packed
 from peft import LoraConfig
 from peft.tuners.lora.layer import Conv2d, Linear
 
 here = os.path.dirname(os.path.abspath(__file__))
 torch.set_default_dtype(torch.float64)
 lines = []
-
-
-def packed(t):
-    return base64.b64encode(t.detach().to(torch.float32).numpy().tobytes()).decode()
-
-
-def numbers(shape, k):
-    return torch.tensor([((37 * i + 11 * k) % 101 - 50) / 64 for i in range(math.prod(shape))]).reshape(shape)
-
-
-def layer_of(weight, stride=1, padding=0):
-    o, i, *kernel = weight
-    layer = torch.nn.Conv2d(i, o, kernel[0], stride, padding) if kernel else torch.nn.Linear(i, o)
-    with torch.no_grad():
-        layer.weight.copy_(numbers(weight, 0))
-        layer.bias.copy_(numbers([o], 1))
-    return layer.requires_grad_(False)
 
 
 for weight, x, more in [

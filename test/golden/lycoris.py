@@ -3,13 +3,13 @@
 # and kohya's LoRAModule with its draws replaced by formulas; what kohya's max-norm leaves of weights; and how LyCORIS's begin. Of the
 # layer's tensors (weight, bias), x, dy and the adapter's, in this order, number i of the k-th is ((37 i + 11 k) mod 101 - 50) / 64.
 import ast
-import base64
 import json
 import math
 import os
 import sys
 
 import torch
+from adapter_layers import layer_of, numbers, packed
 
 lycoris, scripts = sys.argv[1:]
 sys.path.insert(0, lycoris)
@@ -26,23 +26,6 @@ torch.set_default_dtype(torch.float64)
 # OFT takes (I - Q).float().inverse().
 torch.Tensor.float = torch.Tensor.double
 lines = []
-
-
-def packed(t):
-    return base64.b64encode(t.detach().to(torch.float32).numpy().tobytes()).decode()
-
-
-def numbers(shape, k):
-    return torch.tensor([((37 * i + 11 * k) % 101 - 50) / 64 for i in range(math.prod(shape))]).reshape(shape)
-
-
-def layer_of(weight, stride=1, padding=0):
-    o, i, *kernel = weight
-    layer = torch.nn.Conv2d(i, o, kernel[0], stride, padding) if kernel else torch.nn.Linear(i, o)
-    with torch.no_grad():
-        layer.weight.copy_(numbers(weight, 0))
-        layer.bias.copy_(numbers([o], 1))
-    return layer.requires_grad_(False)
 
 
 def case(by, spec, module, names, run=None):

@@ -3,13 +3,12 @@
 # in base64), by LyCORIS's DiagOFTModule, kohya's OFTModule and peft. The k-th tensor of a file that is no scalar has
 # ((37 i + 11 k) mod 101 - 50) / 64.
 import ast
-import base64
 import json
-import math
 import os
 import sys
 
 import torch
+from adapter_layers import numbers, packed
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
@@ -45,14 +44,6 @@ WEIGHTS = {
 LINEAR = ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", "input_blocks.4.1.transformer_blocks.0.attn2.to_k")
 CONV = ("unet", "down_blocks.1.resnets.0.conv1", "input_blocks.4.0.in_layers.2")
 TEXT = ("text_encoder", "text_model.encoder.layers.1.self_attn.q_proj", "")
-
-
-def packed(t):
-    return base64.b64encode(t.detach().to(torch.float32).contiguous().numpy().tobytes()).decode()
-
-
-def numbers(shape, k):
-    return torch.tensor([((37 * i + 11 * k) % 101 - 50) / 64 for i in range(math.prod(shape))]).reshape(shape)
 
 
 def layer_of(place):
