@@ -12,6 +12,8 @@ export const samplerLabels: Readonly<Record<string, string>> = {
   KDPM2AncestralDiscreteScheduler: 'DPM2 a',
   DPMSolverSDEScheduler: 'DPM++ SDE',
   DPMSolverMultistepScheduler: 'DPM++ 2M',
+  sample_dpmpp_3m_sde: 'DPM++ 3M SDE',
+  sample_dpmpp_2s_ancestral: 'DPM++ 2S a',
   LMSDiscreteScheduler: 'LMS',
   DDIMScheduler: 'DDIM',
   PNDMScheduler: 'PLMS',
@@ -48,6 +50,8 @@ const ownTypes: Readonly<Record<string, string>> = {
   'DPM++ SDE': 'Karras',
   'DPM++ 2M SDE': 'Exponential',
   'DPM++ 2M SDE Heun': 'Exponential',
+  'DPM++ 3M SDE': 'Exponential',
+  'DPM++ 2S a': 'Karras',
   DPM2: 'Karras',
   'DPM2 a': 'Karras',
 };

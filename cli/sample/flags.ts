@@ -249,7 +249,7 @@ const cachingOptions = (command: Command): Command =>
     .option('--eta <F>', 'noise of DDIM, or gamma of TCD, 0 to 1 (default: 0)', fraction('--eta'))
     .option(
       '--eta-ancestral <F>',
-      'how much noise euler_a, dpm2_a, dpm++sde and dpm++2m_sde put into each step, 0 to 1, as A1111\'s "Eta for k-diffusion samplers" (default: 1)',
+      'how much noise euler_a, dpm2_a, dpm++2s_a, dpm++sde, dpm++2m_sde and dpm++3m_sde put into each step, 0 to 1, as A1111\'s "Eta for k-diffusion samplers" (default: 1)',
       fraction('--eta-ancestral'),
     );
 

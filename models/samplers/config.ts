@@ -175,6 +175,9 @@ export const schedulerDefaults = {
     lower_order_final: true,
     euler_at_final: false,
   },
+  // k-diffusion's functions, where diffusers has no class.
+  sample_dpmpp_2s_ancestral: secondOrder,
+  sample_dpmpp_3m_sde: secondOrder,
 } satisfies Record<string, Partial<SchedulerConfig>>;
 
 export type SchedulerClass = keyof typeof schedulerDefaults;
@@ -206,7 +209,5 @@ export const takesEtaAncestral = (
   name: SchedulerClass,
   { algorithm_type }: Partial<SchedulerConfig>,
 ): boolean =>
-  ['EulerAncestralDiscreteScheduler', 'KDPM2AncestralDiscreteScheduler', 'DPMSolverSDEScheduler'].includes(
-    name,
-  ) ||
+  /Ancestral|SDE|^sample_/.test(name) ||
   (algorithm_type === 'sde-dpmsolver++' && name !== 'DPMSolverSinglestepScheduler');

@@ -1,4 +1,4 @@
-// Samplers by name: diffusers' class names, and the short names people use for them.
+// Samplers by name: diffusers' class names, k-diffusion's of what that has not, and the short names people use for them.
 import { didYouMean, UserError } from '../../io/errors.ts';
 import {
   isEDM,
@@ -17,11 +17,12 @@ import { deis } from './deis.ts';
 import { dpmMultistep } from './dpm_multistep.ts';
 import { dpmSde } from './dpm_sde.ts';
 import { dpmSinglestep } from './dpm_singlestep.ts';
+import { dpmpp3mSde } from './dpmpp_3m_sde.ts';
 import { edmDpmMultistep, edmEuler } from './edm.ts';
 import { euler } from './euler.ts';
 import { eulerAncestral } from './euler_ancestral.ts';
 import { heun } from './heun.ts';
-import { kdpm2, kdpm2Ancestral } from './kdpm2.ts';
+import { dpmpp2sAncestral, kdpm2, kdpm2Ancestral } from './kdpm2.ts';
 import { lcm } from './lcm.ts';
 import { lms } from './lms.ts';
 import { pndm } from './pndm.ts';
@@ -48,6 +49,8 @@ const methods: Record<SchedulerClass, (config: SchedulerConfig) => Method> = {
   TCDScheduler: tcd,
   EDMEulerScheduler: edmEuler,
   EDMDPMSolverMultistepScheduler: edmDpmMultistep,
+  sample_dpmpp_2s_ancestral: dpmpp2sAncestral,
+  sample_dpmpp_3m_sde: dpmpp3mSde,
 };
 
 interface Choice {
@@ -65,7 +68,9 @@ const shortNames: Record<string, Choice> = {
   'dpm++2m': { name: 'DPMSolverMultistepScheduler' },
   'dpm++2m_sde': { name: 'DPMSolverMultistepScheduler', config: sde },
   'dpm++2m_sde_heun': { name: 'DPMSolverMultistepScheduler', config: { ...sde, solver_type: 'heun' } },
+  'dpm++3m_sde': { name: 'sample_dpmpp_3m_sde' },
   'dpm++2s': { name: 'DPMSolverSinglestepScheduler' },
+  'dpm++2s_a': { name: 'sample_dpmpp_2s_ancestral' },
   'dpm++sde': { name: 'DPMSolverSDEScheduler' },
   dpm2: { name: 'KDPM2DiscreteScheduler' },
   dpm2_a: { name: 'KDPM2AncestralDiscreteScheduler' },
@@ -104,7 +109,7 @@ export const layoutOf = (layout: SigmaSchedule): Partial<SchedulerConfig> => ({
 /** The short names, with nothing behind them. */
 export const shortSchedulerNames: readonly string[] = Object.keys(shortNames);
 
-/** The names to offer: short ones first, plain and with each layout that they take, then diffusers' class names. */
+/** The names to offer: short ones first, plain and with each layout that they take, then the classes' names. */
 export const samplerNames: readonly string[] = [
   ...shortSchedulerNames,
   ...Object.entries(shortNames).flatMap(([short, { name }]) =>
@@ -113,7 +118,7 @@ export const samplerNames: readonly string[] = [
   ...schedulerClasses,
 ];
 
-/** The scheduler of a plain spelling without a layout, diffusers' classes first. */
+/** The scheduler of a plain spelling without a layout, classes first. */
 function choiceOf(wanted: string): Choice | undefined {
   const className = schedulerClasses.find((known) => plainSpelling(known) === wanted);
   const short = shortSchedulerNames.find((known) => plainSpelling(known) === wanted);

@@ -15,7 +15,7 @@ import { roundHalfEven } from './tables.ts';
 export interface StepSettings {
   /** DDIM: 0 deterministic to 1 as noisy as DDPM (default 0). TCD: gamma, 0 to 1 (default 0.3). */
   eta?: number;
-  /** Euler a, DPM2 a, DPM++ SDE and 2M SDE: how much of their noise is put anew in each step, 0 (none) to 1 (default), k-diffusion's eta. */
+  /** Euler a, DPM2 a, DPM++ 2S a and those with SDE in their names: how much of their noise is put anew in each step, 0 (none) to 1 (default), k-diffusion's eta. */
   etaAncestral?: number;
 }
 
@@ -85,7 +85,7 @@ export interface StepResult {
 }
 
 export interface Sampler {
-  /** The diffusers class this follows. */
+  /** The diffusers class that this follows, or k-diffusion's function. */
   readonly name: SchedulerClass;
   readonly config: SchedulerConfig;
   readonly order: 1 | 2;

@@ -18,6 +18,9 @@ test('samplers with their schedule types', (t) => {
     ['Steps: 20, Sampler: Euler, Schedule type: Beta', 'Euler Beta', 'linspace'],
     ['Steps: 20, Sampler: Euler, Schedule type: Automatic', 'Euler Uniform', 'linspace'],
     ['Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Automatic', 'DPM++ 2M SDE Exponential', 'linspace'],
+    ['Steps: 20, Sampler: DPM++ 3M SDE, Schedule type: Automatic', 'DPM++ 3M SDE Exponential', 'linspace'],
+    ['Steps: 20, Sampler: DPM++ 2S a Karras, Version: v1.6.0', 'DPM++ 2S a Karras', 'linspace'],
+    ['Steps: 20, Sampler: dpm++2s_a karras, Version: stable-diffusion.cpp', 'dpm++2s_a karras', 'linspace'],
     ['Steps: 20, Sampler: DPM++ 2M', 'DPM++ 2M Uniform', 'linspace'],
     ['Steps: 20, Sampler: Euler a, Schedule type: SGM Uniform', 'Euler a SGM Uniform', 'linspace'],
     ['Steps: 20, Sampler: Euler a, Schedule type: Karras', 'Euler a Karras', 'linspace'],
@@ -209,6 +212,8 @@ test('ours are in its words', (t) => {
   );
   for (const [name, said] of [
     ['dpm++2m_karras', 'Sampler: DPM++ 2M, Schedule type: Karras'],
+    ['dpm++3m_sde_exponential', 'Sampler: DPM++ 3M SDE, Schedule type: Exponential'],
+    ['dpm++2s_a_karras', 'Sampler: DPM++ 2S a, Schedule type: Karras'],
     ['dpm++2m_sde_heun_exponential', 'Sampler: DPM++ 2M SDE Heun, Schedule type: Exponential'],
     ['euler_a', 'Sampler: Euler a'],
     ['deis', 'Sampler: DEISMultistepScheduler'],

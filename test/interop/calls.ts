@@ -35,9 +35,11 @@ const common = { prompt: 'a red fox', num_inference_steps: 5, guidance_scale: 5 
 
 /**
  * DPM++ SDE takes its noise from a Brownian tree in diffusers, seeded apart from the generator: not comparable. EDM's draw with models of
- * their own.
+ * their own, and k-diffusion's functions are none of its.
  */
-const comparable = schedulerClasses.filter((name) => name !== 'DPMSolverSDEScheduler' && !isEDM(name));
+const comparable = schedulerClasses.filter(
+  (name) => name.endsWith('Scheduler') && name !== 'DPMSolverSDEScheduler' && !isEDM(name),
+);
 
 const schedulers = comparable.flatMap((name) =>
   ['leading', 'trailing', 'linspace'].flatMap((timestep_spacing) => {

@@ -220,12 +220,14 @@ test("TCD's way to 0.7 of a timestep, which is whole in float32 alone, as in dif
   t.end();
 });
 
+/** The noise that a run draws. */
+const noise = (k: number) => Math.sin(3 * k + 1);
+
 /** A run over a network that always says half of what it is shown, with the noise that its steps drew. */
 function runOf(name: string, etaAncestral?: number) {
   const device = openDevice('auto');
   const sampler = createSampler(name, sdxl);
   const plan = sampler.plan(6, { etaAncestral });
-  const noise = (k: number) => Math.sin(3 * k + 1);
   let draws = 0;
   return scope(() => {
     const begin = () => tensor([plan.initNoiseSigma, -plan.initNoiseSigma / 2], [2], { device });
@@ -249,7 +251,8 @@ test("what is left of a step's noise by k-diffusion's eta", (t) => {
     ['dpm++2m_sde', 'dpm++2m'],
   ])
     near(runOf(noisy, 0), runOf(plain), noisy);
-  for (const name of ['euler_a', 'dpm2_a', 'dpm++sde', 'dpm++2m_sde', 'dpm++2m_sde_heun']) {
+  const others = ['dpm++2m_sde_heun', 'dpm++2s_a', 'dpm++3m_sde'];
+  for (const name of ['euler_a', 'dpm2_a', 'dpm++sde', 'dpm++2m_sde', ...others]) {
     t.same(runOf(name, 1), runOf(name), `${name}: all of it by itself`);
     t.notSame(runOf(name, 0.5), runOf(name));
   }
@@ -257,20 +260,21 @@ test("what is left of a step's noise by k-diffusion's eta", (t) => {
   t.end();
 });
 
+/** get_ancestral_step of k-diffusion. */
+function ancestralStep(from: number, to: number, eta: number) {
+  const up = Math.min(to, eta * Math.sqrt((to ** 2 * (from ** 2 - to ** 2)) / from ** 2));
+  return { up, down: Math.sqrt(to ** 2 - up ** 2) };
+}
+
+/** x_0 where the network says half of what it is shown. */
+const clean = (x: number, sigma: number) => x - (0.5 * sigma * x) / Math.sqrt(sigma ** 2 + 1);
+
 test('steps of DPM++ SDE and Euler a with half of their noise, in float64', (t) => {
-  const noise = (k: number) => Math.sin(3 * k + 1);
   const [sde, euler] = ['dpm++sde', 'euler_a'].map((name) => createSampler(name, sdxl).plan(6));
-  // get_ancestral_step of k-diffusion.
-  const levels = (from: number, to: number, eta = 0.5) => {
-    const up = Math.min(to, eta * Math.sqrt((to ** 2 * (from ** 2 - to ** 2)) / from ** 2));
-    return { up, down: Math.sqrt(to ** 2 - up ** 2) };
-  };
-  // x_0 where the network says half of what it is shown.
-  const clean = (x: number, sigma: number) => x - (0.5 * sigma * x) / Math.sqrt(sigma ** 2 + 1);
   let [x, draws] = [euler.initNoiseSigma, 0];
   for (let i = 0; i < 6; i++) {
     const [sigma, next] = [euler.sigmas[i], euler.sigmas[i + 1]];
-    const { up, down } = levels(sigma, next);
+    const { up, down } = ancestralStep(sigma, next, 0.5);
     x = x + ((x - clean(x, sigma)) / sigma) * (down - sigma) + up * noise(++draws);
   }
   const [drawn] = runOf('euler_a', 0.5);
@@ -286,7 +290,7 @@ test('steps of DPM++ SDE and Euler a with half of their noise, in float64', (t) 
     }
     const middle = Math.sqrt(sigma * next);
     const go = (to: number, x0: number) => {
-      const { up, down } = levels(sigma, to);
+      const { up, down } = ancestralStep(sigma, to, 0.5);
       return (down / sigma) * x + (1 - down / sigma) * x0 + up * noise(++draws);
     };
     x = go(next, clean(go(middle, clean(x, sigma)), middle));
@@ -295,3 +299,62 @@ test('steps of DPM++ SDE and Euler a with half of their noise, in float64', (t) 
   t.ok(Math.abs(half - x) < 1e-4 * Math.max(1, Math.abs(x)), `${half}, ${x}`);
   t.end();
 });
+
+test("steps of DPM++ 2S a and DPM++ 3M SDE are k-diffusion's, in float64", (t) => {
+  for (const [eta, layout] of [
+    [1, ''],
+    [0.5, '_karras'],
+    [0, '_exponential'],
+  ] as const) {
+    const { sigmas, initNoiseSigma } = createSampler(`euler${layout}`, sdxl).plan(6);
+    const want = { 'dpm++2s_a': ancestral2s, 'dpm++3m_sde': sde3m };
+    for (const [name, steps] of Object.entries(want)) {
+      const x = steps(initNoiseSigma, [...sigmas], eta);
+      const [got] = runOf(`${name}${layout}`, eta);
+      t.ok(Math.abs(got - x) < 2e-5 * Math.max(1, Math.abs(x)), `${name}${layout} ${eta}: ${got}, ${x}`);
+    }
+  }
+  t.end();
+});
+
+/** sample_dpmpp_2s_ancestral */
+function ancestral2s(start: number, sigmas: readonly number[], eta: number): number {
+  let [x, draws] = [start, 0];
+  for (let i = 0; i < sigmas.length - 1; i++) {
+    const [sigma, next] = [sigmas[i], sigmas[i + 1]];
+    const { up, down } = ancestralStep(sigma, next, eta);
+    if (down === 0) {
+      x += ((x - clean(x, sigma)) / sigma) * (down - sigma);
+      continue;
+    }
+    const [t, h] = [-Math.log(sigma), Math.log(sigma) - Math.log(down)];
+    const middle = Math.exp(-(t + h / 2));
+    const halfway = (middle / sigma) * x - Math.expm1(-h / 2) * clean(x, sigma);
+    x = (down / sigma) * x - Math.expm1(-h) * clean(halfway, middle) + up * noise(++draws);
+  }
+  return x;
+}
+
+/** sample_dpmpp_3m_sde */
+function sde3m(start: number, sigmas: readonly number[], eta: number): number {
+  let [x, draws] = [start, 0];
+  let before: { x0: number; h: number }[] = [];
+  for (let i = 0; i < sigmas.length - 1; i++) {
+    const x0 = clean(x, sigmas[i]);
+    if (sigmas[i + 1] === 0) return x0;
+    const h = Math.log(sigmas[i] / sigmas[i + 1]);
+    const far = h * (eta + 1);
+    x = Math.exp(-far) * x - Math.expm1(-far) * x0;
+    const phi2 = Math.expm1(-far) / far + 1;
+    const [one, two] = before;
+    if (two) {
+      const [r0, r1] = [one.h / h, two.h / h];
+      const [near, older] = [(x0 - one.x0) / r0, (one.x0 - two.x0) / r1];
+      const first = near + ((near - older) * r0) / (r0 + r1);
+      x += phi2 * first - ((phi2 / far - 0.5) * (near - older)) / (r0 + r1);
+    } else if (one) x += (phi2 * (x0 - one.x0)) / (one.h / h);
+    x += noise(++draws) * sigmas[i + 1] * Math.sqrt(-Math.expm1(-2 * h * eta));
+    before = [{ x0, h }, ...before];
+  }
+  return x;
+}

@@ -81,7 +81,16 @@ test('levels are those of each program', (t) => {
 test('every scheduler that has levels takes them', (t) => {
   for (const schedule of ['sgm_uniform', 'kl_optimal', 'ays'] as const) {
     const euler = createSampler(`euler_${schedule}`, sdxl).plan(6);
-    for (const name of ['euler_a', 'lms', 'dpm++2m', 'dpm++2m_sde', 'dpm++2s', 'unipc', 'deis']) {
+    for (const name of [
+      'euler_a',
+      'lms',
+      'dpm++3m_sde',
+      'dpm++2m',
+      'dpm++2m_sde',
+      'dpm++2s',
+      'unipc',
+      'deis',
+    ]) {
       const plan = createSampler(`${name}_${schedule}`, { ...sdxl, use_karras_sigmas: true }).plan(6);
       const label = `${name} ${schedule}`;
       t.same(plan.timesteps, euler.timesteps, label);
@@ -89,7 +98,7 @@ test('every scheduler that has levels takes them', (t) => {
       // DEIS in diffusers has no step to 0.
       if (name !== 'deis') t.equal(plan.sigmas[6], euler.sigmas[6], label);
     }
-    for (const name of ['heun', 'dpm2', 'dpm2_a', 'dpm++sde']) {
+    for (const name of ['heun', 'dpm2', 'dpm2_a', 'dpm++2s_a', 'dpm++sde']) {
       const plan = createSampler(`${name}_${schedule}`, sdxl).plan(6);
       t.same(
         plan.timesteps.filter((_, i) => i % 2 === 0),
