@@ -30,7 +30,7 @@ export interface Parameters {
 const quotedText = /(?<=: )"(?:[^"\\]|\\.)*"(?=,|$)/g;
 
 /** What was written so; what is no JSON is the text itself. */
-function unquoted(text: string | undefined): string | undefined {
+export function unquoted(text: string | undefined): string | undefined {
   if (!text?.startsWith('"')) return text;
   try {
     return String(JSON.parse(text));

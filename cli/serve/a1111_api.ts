@@ -2,6 +2,7 @@
 import { pngText } from '../../io/png.ts';
 import { readParameters } from '../sample/a1111_read.ts';
 import { a1111Extras } from './a1111_extras.ts';
+import { labelledParameters } from './a1111_infotext.ts';
 import { a1111Lists } from './a1111_lists.ts';
 import { flagKeys, orderOf } from './a1111_order.ts';
 import { controlnetApi } from './controlnet_api.ts';
@@ -37,8 +38,8 @@ export function a1111Api(served: Served, orders: Queue): Routes {
     },
     'POST /sdapi/v1/png-info': async ({ json }) => {
       const { image } = await json();
-      const items = pngText(pictureBytes(image, 'image'), 'image');
-      return { json: { info: items.parameters ?? '', items, parameters: {} } };
+      const { parameters: info = '', ...items } = pngText(pictureBytes(image, 'image'), 'image');
+      return { json: { info, items, parameters: labelledParameters(info) } };
     },
   };
 }

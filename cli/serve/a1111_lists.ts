@@ -6,13 +6,26 @@ import { hiresUpscalers } from '../sample/hires_options.ts';
 import { upscalerNames } from './a1111_extras.ts';
 import { checkOverrides } from './a1111_order.ts';
 import { plain } from './fields.ts';
-import type { Reply, Routes } from './http.ts';
+import { Refusal, type Reply, type Routes } from './http.ts';
 import type { Queue } from './queue.ts';
 import { edmSampler, type Served } from './served.ts';
 
 /** Of things that are looked for when they are asked for, or that there are none of. */
 const toRefresh = ['refresh-loras', 'refresh-checkpoints', 'refresh-vae', 'refresh-embeddings'];
-const absent = ['hypernetworks', 'face-restorers', 'realesrgan-models', 'prompt-styles', 'script-info'];
+const absent = [
+  ...['hypernetworks', 'face-restorers', 'realesrgan-models', 'prompt-styles', 'script-info', 'extensions'],
+];
+
+/** What A1111 does and this server does not, with the mend. */
+const refused: Readonly<Record<string, string>> = {
+  interrogate: 'a picture is not put into words here; ask a program that has BLIP or DeepBooru',
+  ...Object.fromEntries(
+    ['create', 'train'].flatMap((verb) => [
+      [`${verb}/embedding`, 'this server trains nothing; `sdxl train` makes textual inversions'],
+      [`${verb}/hypernetwork`, 'hypernetworks are not there; `sdxl train` makes LoRAs'],
+    ]),
+  ),
+};
 
 const each = (paths: readonly string[], method: string, json: unknown): Routes =>
   Object.fromEntries(paths.map((path) => [`${method} /sdapi/v1/${path}`, (): Reply => ({ json })]));
@@ -81,6 +94,14 @@ export const a1111Lists = (served: Served, queue: Queue): Routes => ({
   ...choices(served, queue),
   ...each(toRefresh, 'POST', null),
   ...each(absent, 'GET', []),
+  ...Object.fromEntries(
+    Object.entries(refused).map(([path, why]) => [
+      `POST /sdapi/v1/${path}`,
+      (): Reply => {
+        throw new Refusal(501, why);
+      },
+    ]),
+  ),
   'GET /sdapi/v1/scripts': () => ({ json: { txt2img: ['controlnet'], img2img: ['controlnet'] } }),
   'GET /sdapi/v1/cmd-flags': () => ({ json: {} }),
   'GET /sdapi/v1/memory': () => ({

@@ -25,7 +25,7 @@ import {
   unheeded,
 } from './fields.ts';
 import type { Order, Settings } from './messages.ts';
-import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
+import { mostPictures, mostSide, mostSteps, type Served, usualStrength } from './served.ts';
 
 const sideOf =
   (option: 'width' | 'height' | 'seedResizeFromW' | 'seedResizeFromH'): Field =>
@@ -241,15 +241,16 @@ function overOf(body: Body): Order {
   if (!Array.isArray(images) || images.length !== 1)
     throw new UserError('init_images takes a list of one picture in base64');
   const image = pictureBytes(images[0], 'init_images');
-  const strength = numeric('strength', { min: 0, max: 1 })(
-    body.denoising_strength ?? 0.75,
-    'denoising_strength',
-  );
-  const over = { image: initImage, ...strength };
+  const strength = body.denoising_strength ?? undefined;
+  const over = {
+    image: initImage,
+    ...(strength !== undefined && numeric('strength', { min: 0, max: 1 })(strength, 'denoising_strength')),
+  };
   const made: Order['made'] = { [initImage]: { by: 'white' } };
   const fits: Order['fits'] = body.resize_mode === 1 ? { [initImage]: 'crop', mask: 'crop' } : {};
-  if (!hasMask(body)) return { settings: over, pictures: { [initImage]: image }, made, fits };
+  if (!hasMask(body)) return { settings: over, usualStrength, pictures: { [initImage]: image }, made, fits };
   return {
+    usualStrength,
     settings: { ...over, mask: 'mask', ...underMask(body) },
     pictures: { [initImage]: image, mask: pictureBytes(body.mask, 'mask') },
     made: { ...made, mask: { by: 'alpha' } },
@@ -303,6 +304,7 @@ export function orderOf(body: Body, overPicture: boolean, served: Served): Order
   const habits: Settings = { emphasis: 'original', maxTokenLength: 225, prompt: [''], ...served.texts };
   const drawn = { ...samplerOf(body), ...countOf(body), ...variationOf(body) };
   return {
+    usualStrength: over.usualStrength,
     settings: { ...habits, ...settings, ...drawn, ...over.settings, ...controls.settings },
     pictures: { ...over.pictures, ...controls.pictures },
     same: controls.same,

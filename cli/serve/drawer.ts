@@ -66,7 +66,7 @@ async function open(options: Standing): Promise<Kept> {
 
 /** Draws an order; says each step, and each picture as it is there. */
 async function draw(kept: Kept, id: number, order: Order): Promise<void> {
-  const { base, sources, options: asked } = following(kept, heeded(order.settings, kept.sources));
+  const { base, sources, options: asked } = following(kept, heeded(order, kept.sources));
   checkSample(asked);
   const prompts = promptsOf(asked);
   for (const line of [...checkTexts(asked, prompts), ...checkSizes(asked)]) warn(line);
@@ -168,7 +168,7 @@ const isOfEDM = (source: ModelSource): boolean => isEDM(source.config('scheduler
  * Settings without those that are of another kind of model, or as it has them anyway: A1111's clients send them to any, and call samplers
  * as of any.
  */
-function heeded(asked: Settings, { source }: Sources): Settings {
+function heeded({ settings: asked, usualStrength: usual }: Order, { source }: Sources): Settings {
   const own = (name: string | undefined) => (name && isOfEDM(source) && edmSampler(name)) || name;
   const { scheduler, hiresScheduler } = asked;
   const settings = {
@@ -177,7 +177,8 @@ function heeded(asked: Settings, { source }: Sources): Settings {
     ...(hiresScheduler && { hiresScheduler: own(hiresScheduler) }),
   };
   const { imageGuidanceScale, ...ofMost } = settings;
-  if (!isInstructPix2Pix(source.config('unet'))) return ofMost;
+  if (!isInstructPix2Pix(source.config('unet')))
+    return usual === undefined ? ofMost : { strength: usual, ...ofMost };
   const { strength, ...ofEdits } = settings;
   return strength === 1 ? ofEdits : settings;
 }

@@ -68,12 +68,12 @@ async function answer(
     if (!response.writableEnded) gone.abort(new Refusal(499, 'who asked is gone'));
   });
   try {
-    const url = targetOf(request);
-    const name = `${request.method} ${url.pathname}`;
+    const { url, path } = targetOf(request);
+    const name = `${request.method} ${path}`;
     allow(request, response, name, options);
     if (request.method === 'OPTIONS') return void response.writeHead(204).end();
     const route = Object.hasOwn(routes, name) ? routes[name] : undefined;
-    if (!route) throw notThere(url.pathname, routes);
+    if (!route) throw notThere(path, routes);
     const reply = await route({
       url,
       json: () => jsonOf(request),
@@ -86,10 +86,11 @@ async function answer(
   }
 }
 
-/** What is asked for. Two slashes at its begin are a path here, though a browser would read a host. @throws UserError */
-function targetOf({ url = '/' }: IncomingMessage): URL {
+/** What is asked for, its path as it is read. Two slashes at its begin are a path here, though a browser would read a host. @throws UserError */
+function targetOf({ url: target = '/' }: IncomingMessage): { url: URL; path: string } {
   try {
-    return new URL(url.startsWith('/') ? `http://localhost${url}` : url, 'http://localhost');
+    const url = new URL(target.startsWith('/') ? `http://localhost${target}` : target, 'http://localhost');
+    return { url, path: decodeURIComponent(url.pathname) };
   } catch {
     throw new UserError('the path that is asked for is none');
   }

@@ -35,6 +35,8 @@ export interface Enlarging {
 /** Options that name a picture (`image`, `mask`) say which of these is meant. */
 export interface Order {
   settings: Settings;
+  /** How far it is drawn anew over a picture where the settings do not say, but by a model that begins with noise always. */
+  usualStrength?: number;
   /** Files as they were sent. */
   pictures: Readonly<Record<string, Uint8Array>>;
   /** Pictures that are files of others, by their names: what is made of them may differ. */

@@ -21,7 +21,7 @@ import {
 import type { HttpRequest, Reply, Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';
 import { type Queue, tellingBy } from './queue.ts';
-import { mostPictures, mostSide, mostSteps, type Served } from './served.ts';
+import { mostPictures, mostSide, mostSteps, type Served, usualStrength } from './served.ts';
 
 const size: Field = (value, key) => {
   if (value === 'auto') return {};
@@ -152,9 +152,10 @@ export function openaiApi(served: Served, orders: Queue): Routes {
     if (!read.prompt) throw new UserError('prompt is not there; say what to draw');
     const answer = answerOf(body);
     const settings: Settings = { ...read, ...over.settings };
-    const order = { settings, pictures: over.pictures };
+    const order = { ...over, settings };
     return answer.stream ? events(queue, order, answer, signal, kind) : whole(queue, order, answer, signal);
   };
+  const model = { id: served.name, object: 'model', created: 0, owned_by: 'sdxl' };
   return {
     'POST /v1/images/generations': async ({ json, signal }) =>
       draw(await json(), { settings: {}, pictures: {} }, 'image_generation', signal),
@@ -162,9 +163,8 @@ export function openaiApi(served: Served, orders: Queue): Routes {
       const { body, over } = await editOf(asked);
       return draw(body, over, 'image_edit', asked.signal);
     },
-    'GET /v1/models': () => ({
-      json: { object: 'list', data: [{ id: served.name, object: 'model', created: 0, owned_by: 'sdxl' }] },
-    }),
+    'GET /v1/models': () => ({ json: { object: 'list', data: [model] } }),
+    [`GET /v1/models/${served.name}`]: () => ({ json: model }),
   };
 }
 
@@ -174,11 +174,16 @@ async function editOf({ form }: HttpRequest): Promise<{ body: Body; over: Order 
   const files = entries.filter(([, value]) => typeof value !== 'string') as [string, Blob][];
   const named = (...keys: string[]) => files.filter(([key]) => keys.includes(key)).map(([, file]) => file);
   const [image, ...more] = named('image', 'image[]');
-  if (!image || more.length > 0) throw new UserError('image takes one picture, as a file of the form');
+  if (!image) throw new UserError('image is not there; send the picture to edit as a file of the form');
+  if (more.length > 0)
+    throw new UserError(
+      `image has ${1 + more.length} pictures, and the model edits one, without others to go by; send that one alone`,
+    );
   const [mask] = named('mask');
   const bytes = new Uint8Array(await image.arrayBuffer());
   const body = Object.fromEntries(entries.filter(([, value]) => typeof value === 'string'));
-  if (!mask) return { body, over: { settings: { image: 'image' }, pictures: { image: bytes } } };
+  if (!mask)
+    return { body, over: { settings: { image: 'image' }, usualStrength, pictures: { image: bytes } } };
   const painted = await paintedWhere(new Uint8Array(await mask.arrayBuffer()));
   return {
     body,

@@ -3,6 +3,7 @@ import { test } from 'tap';
 import { readParameters } from '../../cli/sample/a1111_read.ts';
 import { writeParameters } from '../../cli/sample/a1111_write.ts';
 import type { SampleOptions } from '../../cli/sample/options.ts';
+import { labelledParameters } from '../../cli/serve/a1111_infotext.ts';
 import { complete } from '../../models/request.ts';
 import { sigmaSchedules } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
@@ -227,5 +228,22 @@ test('ours are in its words', (t) => {
   }
   const over = { ...request, image: { shape: [], data: new Float32Array() }, strength: 0.4 };
   t.match(writeParameters(options, over, 3, createSampler('euler')), /, Denoising strength: 0.4, /);
+  t.end();
+});
+
+test('fields by its own labels, as its png-info tells them', (t) => {
+  const told = labelledParameters(
+    'a fox,\n in snow\nNegative prompt: rain\nand: fog\nSteps: 20, Sampler: Euler a, Seed: 3, Size: 512x768, ' +
+      'Hires prompt: "a fox, red: \\"x\\"", Lora hashes: "style: 1, more: 2", RNG: CPU, Version: v1.10.1',
+  );
+  t.match(told, {
+    ...{ Prompt: 'a fox,\nin snow', 'Negative prompt': 'rain\nand: fog', Steps: '20', 'Size-1': '512' },
+    ...{ 'Size-2': '768', 'Hires prompt': 'a fox, red: "x"', 'Lora hashes': 'style: 1, more: 2', RNG: 'CPU' },
+    ...{ 'Clip skip': '1', 'Hires resize-1': 0, 'Schedule type': 'Automatic', Version: 'v1.10.1' },
+  });
+  t.notOk('Size' in told);
+  t.match(labelledParameters('a fox, Steps: 20'), { Prompt: 'a fox, Steps: 20', 'Negative prompt': '' });
+  t.match(labelledParameters(''), { Prompt: '', 'Negative prompt': '' });
+  t.equal(labelledParameters('a '.repeat(500_000)).Prompt?.toString().length, 999_999, 'in no time');
   t.end();
 });

@@ -90,6 +90,10 @@ test('a server draws what sample draws', async (t) => {
   t.equal(maxDifference((await pixels(a1111.body.images[1])).data, typed.picture.data), 0);
   const text = await server.post('/sdapi/v1/png-info', { image: a1111.body.images[0] });
   t.equal(text.body.info, info.infotexts[0]);
+  t.match(text.body.parameters, {
+    ...{ Prompt: 'a (red:1.3) fox', 'Negative prompt': 'rain', Steps: '3', Sampler: 'DPM++ 2M' },
+    ...{ 'Size-1': '72', 'Size-2': '64', 'Clip skip': '1' },
+  });
 
   const automatic = await server.post('/sdapi/v1/txt2img', { ...fox, sampler_name: 'DPM++ 2M SDE' });
   t.match(
@@ -187,13 +191,21 @@ test('a server draws over pictures', async (t) => {
   form.set('image', new Blob([readFileSync(image)]), 'image.png');
   form.set('mask', new Blob([transparent]), 'mask.png');
   for (const [key, value] of Object.entries({ ...fox, strength: 1 })) form.set(key, String(value));
-  const edited = await fetch(`${server.url}/v1/images/edits`, { method: 'POST', body: form });
-  const { data } = (await edited.json()) as { data: { b64_json: string }[] };
+  const edit = async () =>
+    // biome-ignore lint/suspicious/noExplicitAny: what a route answers is read key by key
+    (await (await fetch(`${server.url}/v1/images/edits`, { method: 'POST', body: form })).json()) as any;
+  const { data } = await edit();
   t.equal(
     maxDifference((await pixels(data[0].b64_json)).data, masked.picture.data),
     0,
     "an edit in OpenAI's words",
   );
+  form.delete('mask');
+  form.delete('strength');
+  const whole = (await edit()).data[0].b64_json;
+  t.equal(maxDifference((await pixels(whole)).data, wanted.picture.data), 0, 'without a mask, as strong');
+  form.append('image[]', new Blob([readFileSync(image)]), 'other.png');
+  t.match((await edit()).detail, /^image has 2 pictures, and the model edits one.*; send that one alone$/);
 });
 
 test('a request that cannot be drawn is told why, in one sentence', async (t) => {

@@ -145,6 +145,7 @@ test('a body that is not what was asked for is told of', async (t) => {
     [404, /there is no/, '/../../etc/passwd', {}],
     [404, /there is no/, '/__proto__', {}],
     [404, /there is no \/\/json here/, '//json', {}],
+    [400, /the path that is asked for is none/, '/%ff', {}],
     [405, /\/json takes POST/, '/json', {}],
     [415, /send JSON/, '/json', { method: 'POST', body: '{}', headers: { 'Content-Type': 'text/plain' } }],
     [415, /send JSON/, '/json', { method: 'POST', body: Buffer.from('{}'), headers: { Origin: url } }],

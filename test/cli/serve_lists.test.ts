@@ -8,10 +8,14 @@ import { a1111Api } from '../../cli/serve/a1111_api.ts';
 import type { HttpRequest } from '../../cli/serve/http.ts';
 import { openaiApi } from '../../cli/serve/openai_api.ts';
 import type { Queue } from '../../cli/serve/queue.ts';
+import { encodePng } from '../../io/png.ts';
+import { picture } from '../support/controlnet_golden.ts';
 import { writeEDM } from '../support/edm_golden.ts';
 import { maxDifference, packageRoot } from '../support/golden.ts';
+import { instructed } from '../support/golden_calls.ts';
 import { drawers, eventually, fox, pixels, sampledTo, serve, small } from '../support/served.ts';
 
+const inBase64 = (bytes: Uint8Array): string => Buffer.from(bytes).toString('base64');
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-serve-lists-'));
 process.on('exit', () => rmSync(folder, { recursive: true, force: true }));
 
@@ -20,6 +24,12 @@ test('lists that programs ask for before they draw', async (t) => {
   const names = async (path: string) =>
     (await server.get(path)).body.map((each: { name: string }) => each.name);
   t.same((await server.get('/v1/models')).body.data[0].id, 'tiny-sdxl');
+  t.match((await server.get('/v1/models/tiny%2Dsdxl')).body, { id: 'tiny-sdxl', object: 'model' });
+  t.equal((await server.get('/v1/models/dall-e-3')).status, 404);
+  t.match(await server.post('/sdapi/v1/interrogate', {}), {
+    status: 501,
+    body: { detail: /not put into words/ },
+  });
   t.same((await server.get('/sdapi/v1/sd-models')).body[0].title, 'tiny-sdxl');
   t.equal((await server.get('/sdapi/v1/options')).body.sd_model_checkpoint, 'tiny-sdxl');
   t.equal(
@@ -38,7 +48,14 @@ test('lists that programs ask for before they draw', async (t) => {
   t.ok((await names('/sdapi/v1/latent-upscale-modes')).includes('Latent'));
   for (const each of ['automatic', 'sgm_uniform', 'align_your_steps', 'ddim', 'gits'])
     t.ok((await names('/sdapi/v1/schedulers')).includes(each), each);
-  for (const path of ['hypernetworks', 'face-restorers', 'prompt-styles', 'script-info', 'realesrgan-models'])
+  for (const path of [
+    'hypernetworks',
+    'face-restorers',
+    'prompt-styles',
+    'script-info',
+    'realesrgan-models',
+    'extensions',
+  ])
     t.same((await server.get(`/sdapi/v1/${path}`)).body, []);
   t.ok((await server.get('/sdapi/v1/memory')).body.ram.total > 0);
   t.match((await server.get('/controlnet/control_types')).body.control_types, { All: { model_list: [] } });
@@ -85,11 +102,26 @@ test('a model of EDM takes the samplers that there are for it by the names of ot
   t.equal(await server.end(), 143);
 });
 
+test('an InstructPix2Pix model edits, and no strength is put on it that was not sent', async (t) => {
+  const server = await serve(...small, '--model', instructed);
+  const image = inBase64(encodePng(picture(4, 64, 64)));
+  const over = await server.post('/sdapi/v1/img2img', { ...fox, init_images: [image] });
+  t.equal(over.status, 200, over.body.detail);
+  const strong = await server.post('/sdapi/v1/img2img', {
+    ...{ ...fox, init_images: [image], denoising_strength: 0.5 },
+  });
+  t.match(
+    strong.body.detail,
+    /InstructPix2Pix model, .* takes no strength \(denoising_strength\): leave it out/,
+  );
+  t.equal(await server.end(), 143);
+});
+
 test('a page tells of every route', async (t) => {
   const text = readFileSync(join(packageRoot, 'docs', 'serve.md'), 'utf8');
   const served = {
     ...{
-      name: '',
+      name: 'ID',
       loras: () => [],
       embeddings: new Map([['toy', 3]]),
       followed: new Map(),
