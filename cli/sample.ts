@@ -26,6 +26,7 @@ import { applySettings } from './sample/picture_settings.ts';
 import { checkPreview, openPreviews, type Previews } from './sample/preview.ts';
 import { readInputs } from './sample/request.ts';
 import { locateSources } from './sample/sources.ts';
+import { withStyles } from './sample/styles.ts';
 import { openUpscalers, type Upscalers } from './sample/upscale_options.ts';
 import type { Terminal } from './terminal.ts';
 
@@ -47,7 +48,7 @@ async function prepare(command: Command, terminal: Terminal) {
   checkSample(given);
   const idle = checkIdle(given, isTyped);
   const { quiet = false, model = shippedModel } = given;
-  const options = { ...given, model };
+  const options = withStyles({ ...given, model });
   if (!given.model && !quiet)
     terminal.err('using the emoji model that comes with sdxl (64x64 pixels); name another with --model\n');
   const prompts = promptsOf(options);

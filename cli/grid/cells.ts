@@ -24,6 +24,7 @@ import {
 import { applySettings } from '../sample/picture_settings.ts';
 import { readInputs } from '../sample/request.ts';
 import { locateSources, namingOptions, type Sources } from '../sample/sources.ts';
+import { withStyles } from '../sample/styles.ts';
 import type { Terminal } from '../terminal.ts';
 import { type Axes, type Axis, replacing } from './axes.ts';
 
@@ -98,7 +99,7 @@ function planner(typed: Command, terminal: Terminal) {
     const { model = shippedModel, subseedStrength, quiet = false } = given;
     const fixed = (name: 'seed' | 'subseed') => ((given[name] ?? -1) < 0 ? shared[name] : given[name]);
     const seeds = { seed: fixed('seed'), subseed: subseedStrength ? fixed('subseed') : given.subseed };
-    const options = { ...given, ...seeds, model, numImages: 1 };
+    const options = withStyles({ ...given, ...seeds, model, numImages: 1 });
     checkSample(options);
     refuseHalfDone(options);
     if (!given.model && !quiet)

@@ -121,12 +121,18 @@ const promptOptions = (command: Command): Command =>
       .option('--prompt-file <FILE>', 'more prompts, one a line')
       .option('--prompt-2 <TEXT>', "prompt for the second of the base's text encoders (default: the prompt)")
       .option('-n, --negative-prompt <TEXT>', 'what not to draw')
-      .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder'),
+      .option('--negative-prompt-2 <TEXT>', 'the same for the second text encoder')
+      .option(
+        '--style <NAME>',
+        'draw in a style of --styles-file: what it says stands around the prompt, by {prompt} in it, or behind; may be given more than once',
+        texts,
+      ),
   );
 
 /** How texts are read. */
 export const textOptions = (command: Command): Command =>
   command
+    .option('--styles-file <FILE>', "the styles that there are by their names, as A1111's styles.csv")
     .option(
       '--max-token-length <N>',
       'a multiple of 75: read longer prompts too, in chunks of 75 tokens, as A1111 and ComfyUI (default: 75, as diffusers)',

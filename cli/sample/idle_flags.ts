@@ -19,6 +19,10 @@ export function checkIdle(options: SampleOptions, isTyped: IsTyped): string[] {
       `--steps and ${timesteps ? '--timesteps' : '--sigmas'} both lay out the steps; give one of them`,
     );
   const { model, vae, configs } = options;
+  if (isTyped('stylesFile') && !options.style)
+    throw new UserError(
+      '--styles-file has styles, and none is asked for; give --style NAME, or leave it out',
+    );
   const lendsNothing = [model, refiner, vae].every((path) => path === undefined || isFolderOrId(path));
   if (isTyped('configs') && lendsNothing)
     throw new UserError(

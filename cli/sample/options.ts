@@ -43,6 +43,8 @@ export interface SampleOptions
   prompt2?: string;
   negativePrompt?: string;
   negativePrompt2?: string;
+  style?: readonly string[];
+  stylesFile?: string;
   width?: number;
   height?: number;
   seamless?: Seamless;
@@ -113,13 +115,17 @@ export function textualInversionOf(text: string): { file: string; token?: string
   return { file, token };
 }
 
-/** All prompts, in the order they come. @throws UserError */
-export function promptsOf({ prompt = [], promptFile, loraModelDir }: SampleOptions): Prompt[] {
+/** All prompts as typed, in the order they come. @throws UserError */
+export function typedPrompts({ prompt = [], promptFile }: SampleOptions): string[] {
   const lines = promptFile === undefined ? [] : readFor('--prompt-file', () => readLines(promptFile));
   if (promptFile !== undefined && lines.length === 0)
     throw new UserError(`--prompt-file: ${promptFile} has no prompt; write one a line`);
-  return readPrompts([...prompt, ...lines], loraModelDir);
+  return [...prompt, ...lines];
 }
+
+/** The same as they are read. @throws UserError */
+export const promptsOf = (options: SampleOptions): Prompt[] =>
+  readPrompts(typedPrompts(options), options.loraModelDir);
 
 /** Warnings of sizes that diffusers' text-to-image pipeline passes over. */
 export function checkSizes(options: SampleOptions): string[] {

@@ -15,11 +15,12 @@ import { loraTags } from './prompt_loras.ts';
 /** What of a request depends on this machine or this call rather than on the picture. */
 const local = [
   ...['from', 'promptFile', 'batchCount', 'output', 'saveLatents', 'json', 'quiet', 'device'],
-  ...['preview', 'previewInterval', 'previewPath', 'tae'],
+  ...['preview', 'previewInterval', 'previewPath', 'tae', 'style', 'stylesFile'],
 ];
 
 /** Options that may be given more than once and are kept as lists. */
 export const listOptions = [
+  'style',
   'lora',
   'textualInversion',
   'adapter',

@@ -3,6 +3,7 @@
 import { freemem, totalmem } from 'node:os';
 import { samplerLabels, scheduleTypes } from '../sample/a1111_samplers.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
+import { readStyles } from '../sample/styles.ts';
 import { upscalerNames } from './a1111_extras.ts';
 import { checkOverrides } from './a1111_order.ts';
 import { plain } from './fields.ts';
@@ -12,9 +13,7 @@ import { edmSampler, type Served } from './served.ts';
 
 /** Of things that are looked for when they are asked for, or that there are none of. */
 const toRefresh = ['refresh-loras', 'refresh-checkpoints', 'refresh-vae', 'refresh-embeddings'];
-const absent = [
-  ...['hypernetworks', 'face-restorers', 'realesrgan-models', 'prompt-styles', 'script-info', 'extensions'],
-];
+const absent = [...['hypernetworks', 'face-restorers', 'realesrgan-models', 'script-info', 'extensions']];
 
 /** What A1111 does and this server does not, with the mend. */
 const refused: Readonly<Record<string, string>> = {
@@ -52,6 +51,9 @@ const ofModel = (served: Served): Routes => ({
   }),
   'GET /sdapi/v1/sd-vae': () => ({ json: [] }),
   'GET /sdapi/v1/loras': () => ({ json: served.loras().map((each) => ({ ...each, alias: each.name })) }),
+  'GET /sdapi/v1/prompt-styles': () => ({
+    json: served.stylesFile === undefined ? [] : readStyles(served.stylesFile),
+  }),
   'GET /sdapi/v1/embeddings': () => ({
     json: {
       loaded: Object.fromEntries(

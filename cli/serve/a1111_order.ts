@@ -6,6 +6,7 @@ import { isRecord } from '../../io/json.ts';
 import { side } from '../option_values.ts';
 import { hiresUpscalers } from '../sample/hires_options.ts';
 import { maskedContents } from '../sample/mask_options.ts';
+import { chosenStyles, styled } from '../sample/styles.ts';
 import { hiresSamplerOf, samplerOf } from './a1111_samplers.ts';
 import { controlsIn, initImage } from './controlnet_api.ts';
 import {
@@ -22,6 +23,7 @@ import {
   said,
   spelled,
   text,
+  textOf,
   unheeded,
 } from './fields.ts';
 import type { Order, Settings } from './messages.ts';
@@ -132,8 +134,9 @@ const nothing = (keys: readonly string[]) => Object.fromEntries(keys.map((key) =
 const hasMask = ({ mask }: Body): boolean => mask !== undefined && mask !== null && mask !== '';
 
 /** The keys of a request. Clients send those of a second pass and of a mask where there is none, too. */
-const fieldsOf = (body: Body): Readonly<Record<string, Field>> => ({
+const fieldsOf = (body: Body, { stylesFile }: Served): Readonly<Record<string, Field>> => ({
   ...{ ...picture, ...nothing(taken), ...nothing(idle), ...absent },
+  ...(stylesFile === undefined ? {} : { styles: unheeded }), // taken before
   ...(body.enable_hr ? absentOfHires : nothing(Object.keys(absentOfHires))),
   ...(hasMask(body) ? absentOfMask : nothing(Object.keys(absentOfMask))),
 });
@@ -294,9 +297,36 @@ function checkTags(body: Body, { loraModelDir }: Served): void {
     );
 }
 
+/** A request whose texts are in the styles that it names, where there are styles. @throws UserError */
+function inStyles(body: Body, { stylesFile }: Served): Body {
+  const names = body.styles ?? [];
+  if (stylesFile === undefined || (Array.isArray(names) && names.length === 0)) return body;
+  if (!Array.isArray(names)) throw new UserError('styles takes a list of names of styles');
+  const styles = chosenStyles(
+    stylesFile,
+    names.map((name) => textOf(name, 'styles')),
+    'styles',
+  );
+  const of = (key: string, part: 'prompt' | 'negative_prompt') => {
+    const before = said(body, key);
+    // Without one of its own a second pass has the first's.
+    if (before === undefined && key.startsWith('hr_')) return {};
+    const after = styled(
+      before ?? '',
+      styles.map((style) => style[part]),
+    );
+    return after === '' ? {} : { [key]: after };
+  };
+  return {
+    ...{ ...body, ...of('prompt', 'prompt'), ...of('negative_prompt', 'negative_prompt') },
+    ...{ ...of('hr_prompt', 'prompt'), ...of('hr_negative_prompt', 'negative_prompt') },
+  };
+}
+
 /** The order of a request, drawn over the picture that it sends or from its prompt alone. @throws UserError */
-export function orderOf(body: Body, overPicture: boolean, served: Served): Order {
-  const settings = readFields(body, fieldsOf(body), served.tellIgnored);
+export function orderOf(asked: Body, overPicture: boolean, served: Served): Order {
+  const body = inStyles(asked, served);
+  const settings = readFields(body, fieldsOf(body, served), served.tellIgnored);
   checkTags(body, served);
   checkOverrides(body.override_settings, served);
   const over: Order = overPicture ? overOf(body) : { settings: hiresOf(body, served), pictures: {} };

@@ -9,6 +9,7 @@ import { controlnetOf } from '../sample/control_options.ts';
 import { ipAdapterOf } from '../sample/ip_adapter_options.ts';
 import { metadataOf, openLoraFolder } from '../sample/lora_folder.ts';
 import { loraOf, textualInversionOf } from '../sample/options.ts';
+import { readStyles } from '../sample/styles.ts';
 import type { Settings, Standing } from './messages.ts';
 
 /** The longest side of a picture, sent or drawn. */
@@ -44,6 +45,8 @@ interface LoraTold {
 export interface Served {
   /** What clients call the model. */
   name: string;
+  /** The file whose styles requests may name. */
+  stylesFile?: string;
   /** The folder whose LoRAs prompts may name. */
   loraModelDir?: string;
   /** The LoRAs that there are: the folder's, or else those that are merged for good. */
@@ -90,10 +93,11 @@ function byName(followed: readonly Followed[]): Served['followed'] {
 /** Of a server with these options; `texts` are those of prompts that were typed. @throws UserError for names that two have */
 export function servedOf(standing: Standing, texts: Settings, log: (line: string) => void): Served {
   const told = new Set<string>();
-  const { lora = [], loraModelDir, upscaleModel } = standing;
+  const { lora = [], loraModelDir, upscaleModel, stylesFile } = standing;
+  if (stylesFile !== undefined) readStyles(stylesFile); // a mistake in it is told at the start
   return {
     name: standing.model === shippedModel ? 'emoji' : nameOf(standing.model),
-    loraModelDir,
+    ...{ loraModelDir, stylesFile },
     loras: () =>
       loraModelDir === undefined
         ? lora.map((text) => loraOf(text).file).map((path) => ({ name: nameOf(path), path, metadata: {} }))
