@@ -141,10 +141,11 @@ type MakePass = (parts: Parts, deep?: DeepFeature) => Tensor;
  */
 function passOver(
   { dtype, unet }: GuidedModel,
-  { guidance_scale, guidance_rescale = 0, adaptive_projected_guidance: apg, freeu }: GuidanceRequest,
+  request: GuidanceRequest,
   { shape: [images], pag, imageGuidanceScale }: DenoiserPlan,
   { latents, step, pagScales }: Inputs,
 ): MakePass {
+  const { guidance_scale, guidance_rescale = 0, adaptive_projected_guidance: apg, freeu } = request;
   const perturbed = pag && { layers: pag.layers, rows: images };
   return ({ on, within, told: { pooled, ...ofTexts }, side: { guided, predictions, rows } }, deep) => {
     const { timeIds, guidance, seen, tokens } = rows;
@@ -171,6 +172,7 @@ function passOver(
     return guide(y, images, {
       guidanceScale: guided ? guidance_scale : undefined,
       imageGuidanceScale: guided ? imageGuidanceScale : undefined,
+      textWeights: request.prompt_weights,
       pagScale: pag && embedding(step, pagScales),
       withText: guided && guidance_rescale > 0,
       apart: guided && apg !== undefined,

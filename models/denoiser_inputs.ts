@@ -1,5 +1,5 @@
 // What a denoiser is asked for, and what its passes read: rows of prompts, sizes, times and pictures, placed once and kept for all steps.
-// In a guided pass they are [unconditional; text; perturbed], of InstructPix2Pix [without both; with both; with the picture], as many of
+// In a guided pass they are [unconditional; text; perturbed], of several texts of one picture [unconditional; text; text; ...], of InstructPix2Pix [without both; with both; with the picture], as many of
 // each as there are images; a pass without guidance reads those from the text's on.
 import type { Seamless } from '../engine/circular.ts';
 import type { Device } from '../engine/device.ts';
@@ -60,6 +60,8 @@ export interface DenoiserPlan {
   /** The rows of time ids. */
   ids: number[][];
   guided: boolean;
+  /** How many texts an image is drawn of together. */
+  texts: number;
   /** The guidance w that the UNet is told, where it is. */
   embedded?: number;
   pag?: PAG;
@@ -81,8 +83,8 @@ export interface DenoiserPlan {
 }
 
 /** How many predictions a pass makes for each image. */
-export const predictionsOf = ({ pag, imageGuidanceScale }: DenoiserPlan, guided: boolean): number =>
-  1 + Number(guided) + Number(pag !== undefined) + Number(guided && imageGuidanceScale !== undefined);
+export const predictionsOf = ({ texts, pag, imageGuidanceScale }: DenoiserPlan, guided: boolean): number =>
+  texts + Number(guided) + Number(pag !== undefined) + Number(guided && imageGuidanceScale !== undefined);
 
 /** All rows `times` times, one after the other. */
 export const repeatedRows = (x: Tensor, times: number): Tensor =>
@@ -133,13 +135,16 @@ function allRows(
   encoded: readonly Encoded[],
   plan: DenoiserPlan,
 ): Rows {
-  const { timesteps, shape, ids, guided, embedded, pag, imagePrompts, beside } = plan;
+  const { timesteps, shape, ids, guided, texts, embedded, pag, imagePrompts, beside } = plan;
   const [images] = shape;
   const predictions = predictionsOf(plan, guided);
   const rows = predictions * images;
   const each = (time: number) => Array<number>(rows).fill(time);
   // Rows that are perturbed are of the text, once more.
-  const withPerturbed = (t: Tensor) => (pag ? concat([t, slice(t, 0, t.shape[0] - images, images)], 0) : t);
+  const withPerturbed = (t: Tensor, times = Number(pag !== undefined)) =>
+    times ? concat([t, ...Array<Tensor>(times).fill(slice(t, 0, t.shape[0] - images, images))], 0) : t;
+  // A picture to draw by is of each text.
+  const again = texts - 1 + Number(pag !== undefined);
   const byPicture = guided && plan.imageGuidanceScale !== undefined;
   const withPicture = (t: Tensor) => (byPicture ? concat([t, slice(t, 0, 0, images)], 0) : t);
   const placed = beside && toDevice(beside, device, dtype);
@@ -147,7 +152,7 @@ function allRows(
     .flatMap((each) => imageTokens(each, unet, { guided, shape, rows }))
     .map((all): ImageTokens => {
       const entries = [...all].map(
-        ([at, [k, v, mask]]) => [at, [withPerturbed(k), withPerturbed(v), mask]] as const,
+        ([at, [k, v, mask]]) => [at, [withPerturbed(k, again), withPerturbed(v, again), mask]] as const,
       );
       return new Map(entries);
     });

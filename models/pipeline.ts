@@ -36,10 +36,11 @@ import { parseSchedulerConfig } from './samplers/config_checks.ts';
 import type { Denoise, Plan, Sampler, StepResult } from './samplers/sampler.ts';
 import { type Start, startOf } from './start.ts';
 import { parseTextConfig, textEncoder, tokenizerFor } from './text/clip.ts';
-import { promptCount, type Size, timeIds } from './text/conditioning.ts';
+import { pictureCount, type Size, timeIds } from './text/conditioning.ts';
 import { checkAPG } from './unet/apg.ts';
 import { cachingOf } from './unet/deepcache.ts';
 import { feedForwardToFp8 } from './unet/fp8.ts';
+import { checkComposed } from './unet/guidance.ts';
 import { pagOf } from './unet/pag.ts';
 import { keepInQ8 } from './unet/q8.ts';
 import { parseUNetConfig, trainedSides, type UNetConfig, unet } from './unet/unet.ts';
@@ -191,9 +192,11 @@ export interface Denoised {
   timesteps: Float32Array;
 }
 
-/** Whether a step has a pass without the prompt; a model that is told its guidance needs none. */
+/** Whether a step has a pass without the prompt, as several that are drawn together always have; a model that is told its guidance needs none. */
 export const isGuided = (config: UNetConfig, request: Request): boolean =>
-  request.guidance_scale > 1 && (imageGuidanceOf(config, request) ?? 1) >= 1 && !config.time_cond_proj_dim;
+  (request.guidance_scale > 1 || request.prompt_weights !== undefined) &&
+  (imageGuidanceOf(config, request) ?? 1) >= 1 &&
+  !config.time_cond_proj_dim;
 
 /**
  * Runs the denoising loop, yielding after each call of the UNet; the return value feeds decode().
@@ -210,26 +213,28 @@ export function* denoise(pipeline: Pipeline, asked: Asked): Generator<Progress, 
   checkVaeRequest(request);
   const caching = cachingOf(request, pipeline.unetConfig);
   const pag = pagOf(request, pipeline.unet);
-  const images = promptCount(request) * (request.num_images_per_prompt ?? 1);
+  const images = pictureCount(request) * (request.num_images_per_prompt ?? 1);
   checkCounts(request, images, pipeline.ratio);
   const imageGuidanceScale = imageGuidanceOf(pipeline.unetConfig, request);
   const embedded = pipeline.unetConfig.time_cond_proj_dim ? request.guidance_scale - 1 : undefined;
   const guided = isGuided(pipeline.unetConfig, request);
   checkAPG(request, guided);
+  checkComposed(request, guided);
+  const texts = request.prompt_weights?.length ?? 1;
   const start = startOf(pipeline, request, sampler, plan, images);
   try {
     const { shape, beside } = start;
     const size: Size = [shape[2] * pipeline.ratio, shape[3] * pipeline.ratio];
     const ids = timeIds(request, size, {
       aesthetic: pipeline.aesthetic,
-      guided,
+      ...{ guided, texts },
       perturbed: pag !== undefined || (guided && imageGuidanceScale !== undefined),
       images,
       interleaved: !goesOn(request),
     });
     const timesteps = plan.timesteps.slice(plan.begin, plan.end);
     const denoiser = openDenoiser(pipeline, request, {
-      ...{ timesteps, shape, ids, guided, embedded, pag, caching, beside, imageGuidanceScale },
+      ...{ timesteps, shape, ids, guided, texts, embedded, pag, caching, beside, imageGuidanceScale },
       told: promptsThrough(request, planned),
       controls: controlsOf(pipeline.controlnet, request, size),
       followed: followedOf(pipeline.adapter, request, size),

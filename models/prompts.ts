@@ -59,6 +59,11 @@ const kinds = [
 /** @throws UserError where there is not one of each thing to each prompt, or two of one, or embeddings are none of this model's */
 export function checkPrompts({ unetConfig, aesthetic }: TextTaker, prompts: Prompts): void {
   const count = promptCount(prompts);
+  const { prompt_weights: weights } = prompts;
+  if (weights && weights.length !== count)
+    throw new UserError(
+      `prompt_weights has ${weights.length} numbers for ${count} prompts: give one to each, of which one picture is drawn together`,
+    );
   const ids = aesthetic ? 5 : 6;
   const pooledWidth =
     unetConfig.projection_class_embeddings_input_dim - ids * unetConfig.addition_time_embed_dim;
@@ -103,7 +108,7 @@ export function encodePrompt(
 ): Required<PromptEmbeds> & { truncated: readonly string[] } {
   const { text, device } = pipeline;
   for (const { encoder } of text.encoders) checkLoaded(encoder);
-  const prompts = listed(asked);
+  const prompts = { ...listed(asked), prompt_weights: undefined };
   checkPrompts(pipeline, prompts);
   const count = promptCount(prompts);
   const part = (t: Tensor, from: number): Embeds => ({

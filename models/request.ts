@@ -153,6 +153,7 @@ const rules: Readonly<Record<keyof Asked, Rule>> = {
   prompt_2: texts,
   negative_prompt: texts,
   negative_prompt_2: texts,
+  prompt_weights: some('numbers', isNumber),
   prompt_embeds: embeds,
   pooled_prompt_embeds: embeds,
   negative_prompt_embeds: embeds,

@@ -15,6 +15,7 @@ import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import type { Sampler } from '../../models/samplers/sampler.ts';
 import { checkAPG } from '../../models/unet/apg.ts';
 import { cachingOf } from '../../models/unet/deepcache.ts';
+import { checkComposed } from '../../models/unet/guidance.ts';
 import { pagOf } from '../../models/unet/pag.ts';
 import { parseUNetConfig, unet } from '../../models/unet/unet.ts';
 import { autoencoder, checkDecode } from '../../models/vae/autoencoder.ts';
@@ -108,6 +109,7 @@ function planned(from: ModelSource, asked: Request) {
   checkInstructPix2Pix(config, asked);
   cachingOf(asked, config);
   checkAPG(asked, isGuided(config, asked));
+  checkComposed(asked, isGuided(config, asked));
   if (asked.pag_scale) pagOf(asked, unet(config)); // thousands of modules, for their names alone
   const scheduler = parseSchedulerConfig(from.config('scheduler'));
   return planOf({ scheduler, unetConfig: config }, asked);

@@ -140,7 +140,7 @@ export const textOptions = (command: Command): Command =>
     )
     .option(
       '--emphasis <NAME>',
-      'how brackets in prompts are read. none: as plain text, as diffusers does. original: as A1111 does: (word:1.2), (word) and [word] are weights, BREAK begins a new chunk, and the prompt may change: [from:to:0.5] after half of the steps, [to:10] and [from::10] after ten, [a|b] at every step. no-norm: the same, without scaling the mean back. ignore: the weights are taken out and not applied',
+      'how brackets in prompts are read. none: as plain text, as diffusers does. original: as A1111 does: (word:1.2), (word) and [word] are weights, BREAK begins a new chunk, and the prompt may change: [from:to:0.5] after half of the steps, [to:10] and [from::10] after ten, [a|b] at every step; AND stands between prompts of one picture, a cat AND a dog :0.8. no-norm: the same, without scaling the mean back. ignore: the weights are taken out and not applied',
       oneOf('--emphasis', emphases),
       'none',
     )

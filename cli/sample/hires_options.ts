@@ -11,6 +11,8 @@ import { decode, type Pipeline } from '../../models/pipeline.ts';
 import type { Request } from '../../models/request.ts';
 import type { SchedulerConfig } from '../../models/samplers/config.ts';
 import { createSampler } from '../../models/samplers/registry.ts';
+import { composed } from '../../models/text/composed.ts';
+import type { Prompts } from '../../models/text/conditioning.ts';
 import { enlargeTo, type Upscaler } from '../../models/upscaler/upscaler.ts';
 import { type Interpolation, interpolate } from '../../models/vae/interpolate.ts';
 import { encodeImage, type Latents, middleOf, stacked, type VaeRequest } from '../../models/vae/latents.ts';
@@ -203,12 +205,17 @@ export function shownOf<P extends Pixels>(picture: P, { width, height, uncut }: 
 /** What a second pass is told otherwise than the first. A text of its own is for both text encoders; an empty one says nothing. */
 export const hiresTexts = (
   { hiresPrompt, hiresNegativePrompt, hiresGuidanceScale }: HiresOptions,
-  base: Pick<Request, 'prompt' | 'guidance_scale' | 'adaptive_projected_guidance'>,
-): Partial<Request> => ({
-  ...(hiresPrompt && { prompt: base.prompt?.map(() => hiresPrompt), prompt_2: undefined }),
-  ...(hiresNegativePrompt && { negative_prompt: [hiresNegativePrompt], negative_prompt_2: undefined }),
-  ...guidanceAt(hiresGuidanceScale ?? base.guidance_scale, base),
-});
+  base: Prompts & Pick<Request, 'guidance_scale' | 'adaptive_projected_guidance'>,
+): Partial<Request> => {
+  const negative = hiresNegativePrompt && {
+    negative_prompt: base.prompt?.map(() => hiresNegativePrompt),
+    negative_prompt_2: undefined,
+  };
+  return {
+    ...(hiresPrompt ? composed(hiresPrompt, { ...base, ...negative, prompt_2: undefined }) : negative),
+    ...guidanceAt(hiresGuidanceScale ?? base.guidance_scale, base),
+  };
+};
 
 /** The scheduler of a second pass that has its own. */
 export const hiresScheduler = (

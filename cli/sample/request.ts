@@ -13,6 +13,7 @@ import { type Request, stepsOf } from '../../models/request.ts';
 import type { SchedulerConfig } from '../../models/samplers/config.ts';
 import { layoutOf } from '../../models/samplers/registry.ts';
 import { latentContents } from '../../models/start.ts';
+import { composed } from '../../models/text/composed.ts';
 import type { Latents } from '../../models/vae/latents.ts';
 import { readFor } from '../option_values.ts';
 import { adapterRequest } from './adapter_options.ts';
@@ -139,7 +140,7 @@ export function baseRequests(
   const count = prompts.length * options.batchCount;
   return Array.from({ length: count }, (_, i) => ({
     ...shared,
-    prompt: [prompts[promptAt(options, i)]],
+    ...composed(prompts[promptAt(options, i)], shared),
     generators: [generatorOf(options, seed, i)],
     last: i === count - 1 && !options.hires,
   }));

@@ -1,5 +1,5 @@
 // A1111's `parameters` text taken apart by its own labels, as its route for a picture's settings answers: every field by its name, sizes as
-// two, and what it has where a text says nothing. What such a text means here is read in sample/a1111.ts.
+// two, and what it has where a text says nothing. What such a text means here is read in sample/a1111_read.ts.
 import { unquoted } from '../sample/a1111_read.ts';
 
 /** What is not said means this there, since 1.10. */

@@ -1,7 +1,7 @@
 // What the UNet is told besides the latents: prompts through one or two text encoders (diffusers' encode_prompt) and the
 // micro-conditioning numbers (Podell et al. 2023, section 2.2). Unconditional rows come first.
 import type { Device } from '../../engine/device.ts';
-import { concat } from '../../engine/ops/move.ts';
+import { concat, slice } from '../../engine/ops/move.ts';
 import { cast, scale } from '../../engine/ops/unary.ts';
 import { type Tensor, tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
@@ -50,6 +50,11 @@ export interface Prompts extends PromptEmbeds {
   negative_prompt?: readonly string[];
   negative_prompt_2?: readonly string[];
   /**
+   * One picture is drawn of all prompts together, each counting so much: composable diffusion, Liu et al. 2022. Of negative prompts the
+   * first counts. Where absent each prompt has a picture.
+   */
+  prompt_weights?: readonly number[];
+  /**
    * The most tokens of a prompt that are read, in chunks of 75 whose hidden states stand one after the other, as in kohya's
    * programs, A1111 and ComfyUI; the pooled vector is the first chunk's. 75 where absent, as diffusers.
    */
@@ -77,6 +82,9 @@ export function promptCount({ prompt, prompt_embeds }: Prompts): number {
   throw new UserError('there is no prompt to draw: give prompt, or prompt_embeds with pooled_prompt_embeds');
 }
 
+/** How many pictures are drawn at once, but for num_images_per_prompt. */
+export const pictureCount = (prompts: Prompts): number => (prompts.prompt_weights ? 1 : promptCount(prompts));
+
 /** All that the embeddings of texts come of: without guidance nobody reads the negative one, nor is the other as long as it. */
 export const textKey = (prompts: Prompts, guided: boolean): string => {
   const { prompt, prompt_2, negative_prompt, negative_prompt_2 } = prompts;
@@ -87,7 +95,10 @@ export const textKey = (prompts: Prompts, guided: boolean): string => {
   ]);
 };
 
-/** Encodes all prompts, each repeated `copies` times, with the unconditional rows first when `guided`. Embeddings stay as they are. */
+/**
+ * Encodes all prompts, each repeated `copies` times, with the unconditional rows first when `guided`, of prompts that are drawn together
+ * once. Embeddings stay as they are.
+ */
 export function encodePrompts(
   stack: TextStack,
   asked: Prompts,
@@ -114,7 +125,7 @@ export function encodePrompts(
   if (guided) {
     // clip_skip is for the prompt alone: diffusers reads the negative one at the penultimate layer always.
     const other = givenNegative ?? (negative ? encodeAt(negative, PENULTIMATE) : nothingLike(positive));
-    parts.unshift(repeated(other, copies));
+    parts.unshift(repeated(prompts.prompt_weights ? firstOf(other) : other, copies));
   }
   const rows = (name: keyof Encoded) =>
     concat(
@@ -123,6 +134,11 @@ export function encodePrompts(
     );
   return { context: rows('context'), pooled: rows('pooled'), truncated };
 }
+
+const firstOf = ({ context, pooled }: Encoded): Encoded => ({
+  context: slice(context, 0, 0, 1),
+  pooled: slice(pooled, 0, 0, 1),
+});
 
 const placed = (context: Embeds | undefined, pooled: Embeds | undefined, device: Device) =>
   context &&
@@ -275,7 +291,15 @@ export interface MicroConditioning {
 export function timeIds(
   micro: MicroConditioning,
   size: Size,
-  options: { aesthetic: boolean; guided: boolean; perturbed?: boolean; images: number; interleaved: boolean },
+  options: {
+    aesthetic: boolean;
+    guided: boolean;
+    perturbed?: boolean;
+    /** So many prompts of each image; 1 where absent. */
+    texts?: number;
+    images: number;
+    interleaved: boolean;
+  },
 ): number[][] {
   const original = micro.original_size ?? size;
   const target = micro.target_size ?? size;
@@ -293,8 +317,10 @@ export function timeIds(
         ...tail(micro.negative_target_size ?? target, micro.negative_aesthetic_score ?? 2.5),
       ]
     : positive;
-  const rows = [...(options.guided ? [negative] : []), positive, ...(options.perturbed ? [positive] : [])];
+  const { texts = 1 } = options;
+  const positives = Array<number[]>(texts + Number(options.perturbed ?? false)).fill(positive);
+  const rows = [...(options.guided ? [negative] : []), ...positives];
   const each = (row: number[]) => Array.from({ length: options.images }, () => row);
-  if (!options.interleaved) return rows.flatMap(each);
+  if (!options.interleaved || texts > 1) return rows.flatMap(each);
   return Array.from({ length: options.images }, () => rows).flat();
 }

@@ -37,6 +37,15 @@ export interface GuidanceNumbers extends APGRequest {
   guidance_rescale?: number;
 }
 
+/** What of a request goes, or does not, with several texts of one picture. */
+interface Composed extends GuidanceInterval, GuidanceNumbers {
+  prompt_weights?: readonly number[];
+  image_guidance_scale?: number;
+  pag_scale?: number;
+  guess_mode?: boolean;
+  control_balance?: unknown;
+}
+
 export interface Guidance {
   /** Of classifier-free guidance; undefined without, and then there are no unconditional rows. */
   guidanceScale?: number;
@@ -44,24 +53,54 @@ export interface Guidance {
   imageGuidanceScale?: number;
   /** Of perturbed-attention guidance, [1, 1] on the device, as it may change from call to call; undefined without. */
   pagScale?: Tensor;
+  /** Of several texts of one picture how much each counts; undefined where there is one. */
+  textWeights?: readonly number[];
   /** Puts the text's prediction after the guided one, for rescaled(). */
   withText: boolean;
   /** Puts what the prompt changes, text - uncond, after the guided prediction in place of adding it, and then the text's: for projection(). */
   apart?: boolean;
 }
 
+/** @throws UserError for what has one text's prediction in it, where a picture is drawn of several */
+export function checkComposed(request: Composed, guided: boolean): void {
+  if (!request.prompt_weights) return;
+  const together = 'prompts that are drawn together (AND, or prompt_weights)';
+  if (!guided)
+    throw new UserError(
+      `${together} are weighed by guidance, and this UNet's steps have none: give one prompt, or another model`,
+    );
+  const { guidance_start: start = 0, guidance_stop: stop = 1, control_balance: balance } = request;
+  const wanted = {
+    ...{ image_guidance_scale: request.image_guidance_scale, pag_scale: request.pag_scale },
+    ...{ guidance_rescale: request.guidance_rescale, apg: request.adaptive_projected_guidance },
+    ...{ guidance_start: start > 0, guidance_stop: stop < 1, guess_mode: request.guess_mode },
+    control_balance: [balance].flat().includes('more_control'),
+  };
+  const [key] = Object.entries(wanted).find(([, value]) => value) ?? [];
+  if (key)
+    throw new UserError(
+      `${together} do not go with ${key} (--${key.replaceAll('_', '-')}): give one prompt, or leave that out`,
+    );
+}
+
 /**
  * uncond + s (text - uncond) + pag (text - perturbed) of rows [unconditional; text; perturbed], as many of each as there are images. Where
  * the first or the last are not there the text stands for them. Of InstructPix2Pix uncond + s (text - image) + image guidance (image -
- * uncond), of rows [without the picture; with it and the text; with the picture alone].
+ * uncond), of rows [without the picture; with it and the text; with the picture alone]. Of several texts uncond + s sum(weight (text -
+ * uncond)), of rows [unconditional; text; text; ...] (Liu et al. 2022, arXiv:2206.01714, as A1111 has it).
  */
 export function guide(
   said: Tensor,
   images: number,
-  { guidanceScale, imageGuidanceScale, pagScale, withText, apart = false }: Guidance,
+  { guidanceScale, imageGuidanceScale, pagScale, textWeights, withText, apart = false }: Guidance,
 ): Tensor {
   const part = (i: number) => slice(said, 0, i * images, images);
   const first = part(0);
+  if (guidanceScale !== undefined && textWeights)
+    return textWeights.reduce(
+      (sum, weight, i) => add(sum, scale(sub(part(i + 1), first), weight * guidanceScale)),
+      first,
+    );
   const text = guidanceScale === undefined ? first : part(1);
   let guided = apart ? first : text;
   if (guidanceScale !== undefined && !apart) {

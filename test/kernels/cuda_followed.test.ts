@@ -56,7 +56,8 @@ function predicted(device: Device): Float32Array[] {
   };
   const asked = { control_image: [preprocessControl(picture(2, 32, 32))], control_guidance_end: 0.75 };
   const denoiser = openDenoiser(pipeline, request, {
-    ...{ timesteps: new Float32Array(4).fill(500), shape, ids: [[32, 32, 0, 0, 32, 32]], guided: false },
+    ...{ timesteps: new Float32Array(4).fill(500), shape, ids: [[32, 32, 0, 0, 32, 32]] },
+    ...{ guided: false, texts: 1 },
     told: { prompts: [request], at: [0, 0, 0, 0] },
     followed: followedOf(pipeline.adapter, { adapter_image: [picture(1, 32, 32)] }, size),
     controls: controlsOf(pipeline.controlnet, asked, size),
