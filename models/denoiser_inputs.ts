@@ -1,6 +1,7 @@
 // What a denoiser is asked for, and what its passes read: rows of prompts, sizes, times and pictures, placed once and kept for all steps.
-// In a guided pass they are [unconditional; text; perturbed], of several texts of one picture [unconditional; text; text; ...], of InstructPix2Pix [without both; with both; with the picture], as many of
-// each as there are images; a pass without guidance reads those from the text's on.
+// In a guided pass they are [unconditional; text; perturbed], of several texts of one picture [unconditional; text; text; ...], of
+// InstructPix2Pix [without both; with both; with the picture], as many of each as there are images; a pass without guidance reads those
+// from the text's on.
 import type { Seamless } from '../engine/circular.ts';
 import type { Device } from '../engine/device.ts';
 import { concat, slice } from '../engine/ops/move.ts';

@@ -192,7 +192,10 @@ export interface Denoised {
   timesteps: Float32Array;
 }
 
-/** Whether a step has a pass without the prompt, as several that are drawn together always have; a model that is told its guidance needs none. */
+/**
+ * Whether a step has a pass without the prompt, as several that are drawn together always have; a model that is told its guidance needs
+ * none.
+ */
 export const isGuided = (config: UNetConfig, request: Request): boolean =>
   (request.guidance_scale > 1 || request.prompt_weights !== undefined) &&
   (imageGuidanceOf(config, request) ?? 1) >= 1 &&

@@ -43,7 +43,7 @@ export interface Request
   sigmas?: readonly number[];
   /** DDIM's noise, or gamma of TCD, 0 to 1; 0 where absent. */
   eta?: number;
-  /** How much noise Euler a, DPM2 a, DPM++ SDE and 2M SDE put into each step, 0 (none) to 1; 1 where absent. A1111's name for it. */
+  /** How much noise Euler a, DPM++ 2S a, DPM++ 2M SDE and their kin put into each step, 0 (none) to 1; 1 where absent. A1111's name for it. */
   eta_ancestral?: number;
   /** Replaces the checkpoint's scheduler or parts of its config. */
   scheduler?: { name?: string; config?: Partial<SchedulerConfig> };

@@ -86,7 +86,7 @@ async function answer(
   }
 }
 
-/** What is asked for, its path as it is read. Two slashes at its begin are a path here, though a browser would read a host. @throws UserError */
+/** What is asked for, and its path decoded. Two slashes at its begin are a path here, though a browser would read a host. @throws UserError */
 function targetOf({ url: target = '/' }: IncomingMessage): { url: URL; path: string } {
   try {
     const url = new URL(target.startsWith('/') ? `http://localhost${target}` : target, 'http://localhost');

@@ -18,7 +18,7 @@ import {
   text,
   unheeded,
 } from './fields.ts';
-import type { HttpRequest, Reply, Routes } from './http.ts';
+import { type HttpRequest, Refusal, type Reply, type Routes } from './http.ts';
 import type { Drawn, Order, Settings } from './messages.ts';
 import { type Queue, tellingBy } from './queue.ts';
 import { mostPictures, mostSide, mostSteps, type Served, usualStrength } from './served.ts';
@@ -162,6 +162,12 @@ export function openaiApi(served: Served, orders: Queue): Routes {
     'POST /v1/images/edits': async (asked) => {
       const { body, over } = await editOf(asked);
       return draw(body, over, 'image_edit', asked.signal);
+    },
+    'POST /v1/images/variations': () => {
+      throw new Refusal(
+        501,
+        'variations of a picture are not there; send it to /v1/images/edits with a prompt',
+      );
     },
     'GET /v1/models': () => ({ json: { object: 'list', data: [model] } }),
     [`GET /v1/models/${served.name}`]: () => ({ json: model }),

@@ -15,7 +15,7 @@ import type { Settings, Standing } from './messages.ts';
 /** The longest side of a picture, sent or drawn. */
 export const mostSide = 4096;
 export const mostSteps = 150;
-/** Of what is drawn over a picture: A1111's, and stable-diffusion.cpp's. diffusers' 0.3 hardly heeds the prompt, which a client may have no word to mend. */
+/** Over a picture: A1111's, and stable-diffusion.cpp's. diffusers' 0.3 hardly heeds the prompt, and a client may have no word to mend that. */
 export const usualStrength = 0.75;
 /** Of one request. */
 export const mostPictures = 16;

@@ -15,7 +15,10 @@ import { roundHalfEven } from './tables.ts';
 export interface StepSettings {
   /** DDIM: 0 deterministic to 1 as noisy as DDPM (default 0). TCD: gamma, 0 to 1 (default 0.3). */
   eta?: number;
-  /** Euler a, DPM2 a, DPM++ 2S a and those with SDE in their names: how much of their noise is put anew in each step, 0 (none) to 1 (default), k-diffusion's eta. */
+  /**
+   * Euler a, DPM2 a, DPM++ 2S a and those with SDE in their names: how much of their noise is put anew in each step, 0 (none) to 1
+   * (default), k-diffusion's eta.
+   */
   etaAncestral?: number;
 }
 

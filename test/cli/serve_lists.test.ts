@@ -26,6 +26,10 @@ test('lists that programs ask for before they draw', async (t) => {
   t.same((await server.get('/v1/models')).body.data[0].id, 'tiny-sdxl');
   t.match((await server.get('/v1/models/tiny%2Dsdxl')).body, { id: 'tiny-sdxl', object: 'model' });
   t.equal((await server.get('/v1/models/dall-e-3')).status, 404);
+  t.match(await server.post('/v1/images/variations', {}), {
+    status: 501,
+    body: { detail: /images\/edits with a/ },
+  });
   t.match(await server.post('/sdapi/v1/interrogate', {}), {
     status: 501,
     body: { detail: /not put into words/ },

@@ -7,7 +7,7 @@ import type { SampleOptions } from '../../cli/sample/options.ts';
 import { readStyles, styled, withStyles } from '../../cli/sample/styles.ts';
 import { a1111Lists } from '../../cli/serve/a1111_lists.ts';
 import { orderOf } from '../../cli/serve/a1111_order.ts';
-import type { Asked } from '../../cli/serve/http.ts';
+import type { HttpRequest } from '../../cli/serve/http.ts';
 import type { Queue } from '../../cli/serve/queue.ts';
 import { parseCsv } from '../../io/csv.ts';
 import { readPngText } from '../../io/png.ts';
@@ -166,7 +166,7 @@ test('requests name styles', (t) => {
   const order = (body: Record<string, unknown>) =>
     orderOf({ prompt: 'a fox', ...body }, false, served).settings;
   const lists = a1111Lists(served, {} as Queue);
-  const { json } = lists['GET /sdapi/v1/prompt-styles']({} as Asked) as { json: unknown };
+  const { json } = lists['GET /sdapi/v1/prompt-styles']({} as HttpRequest) as { json: unknown };
   t.same(json, readStyles(styles));
   t.match(order({ styles: ['Film'], negative_prompt: 'snow' }), {
     ...{ prompt: ['film still of a fox, "grainy", a fox'], negativePrompt: 'snow, rain,\nfog' },
