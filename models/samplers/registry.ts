@@ -151,13 +151,7 @@ export function isSamplerName(name: string): boolean {
  */
 export function createSampler(name: string, config: Partial<SchedulerConfig> = {}): Sampler {
   const read = readName(name);
-  if (!read) {
-    const layout = Object.keys(schedules).find((each) => plainSpelling(each) === plainSpelling(name));
-    const hint = layout
-      ? `, but a layout of noise levels; put it behind a scheduler's name, as in dpm++2m_${layout}`
-      : didYouMean(name, samplerNames) || `: choose one of ${shortSchedulerNames.join(', ')}`;
-    throw new UserError(`unknown scheduler "${name}"${hint}`);
-  }
+  if (!read) throw new UserError(`unknown scheduler "${name}"${hintFor(name)}`);
   const { choice, layout } = read;
   if (layout && !takesSchedule(choice.name, layout)) throw noSuchLayout(name, choice.name, layout);
   const complete = completeConfig(choice.name, {
@@ -166,6 +160,17 @@ export function createSampler(name: string, config: Partial<SchedulerConfig> = {
     ...(layout && layoutOf(layout)),
   });
   return makeSampler(choice.name, complete, methods[choice.name](complete));
+}
+
+/** What may be meant by a name that is none. */
+function hintFor(name: string): string {
+  const layout = Object.keys(schedules).find((each) => plainSpelling(each) === plainSpelling(name));
+  if (layout)
+    return `, but a layout of noise levels; put it behind a scheduler's name, as in dpm++2m_${layout}`;
+  const ofComfyUI = name.replace(/_gpu(?![a-z0-9])/i, '');
+  if (readName(ofComfyUI))
+    return `: where its noise comes from is no part of a name here; take ${ofComfyUI}, with --rng cuda for a GPU's`;
+  return didYouMean(name, samplerNames) || `: choose one of ${shortSchedulerNames.join(', ')}`;
 }
 
 const noSuchLayout = (name: string, scheduler: SchedulerClass, layout: SigmaSchedule): UserError =>

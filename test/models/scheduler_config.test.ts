@@ -110,6 +110,11 @@ test('names', (t) => {
     name: 'UserError',
     message: /unknown scheduler "eulr"; did you mean "euler"/,
   });
+  for (const layout of ['', '_karras'])
+    t.throws(
+      () => createSampler(`dpmpp_2m_sde_gpu${layout}`),
+      says(new RegExp(`is no part of a name here; take dpmpp_2m_sde${layout}, with --rng cuda`)),
+    );
   t.throws(() => createSampler('DDIMSheduler'), { message: /did you mean "DDIMScheduler"/ });
   t.throws(() => parseSchedulerConfig({ prediction_type: 'epsilom' }), {
     name: 'UserError',
