@@ -314,6 +314,10 @@ test("steps of DPM++ 2S a and DPM++ 3M SDE are k-diffusion's, in float64", (t) =
       t.ok(Math.abs(got - x) < 2e-5 * Math.max(1, Math.abs(x)), `${name}${layout} ${eta}: ${got}, ${x}`);
     }
   }
+  const [once, twice] = ['euler_karras', 'dpm++2s_a_karras'].map((name) => createSampler(name, sdxl).plan(6));
+  const [begins, middles] = [0, 1].map((part) => twice.timesteps.filter((_, i) => i % 2 === part));
+  t.same(begins, once.timesteps, "between whole timesteps, unlike diffusers' DPM2 a");
+  t.ok(middles.every((time, i) => time < begins[i] && time > 0));
   t.end();
 });
 
