@@ -2,9 +2,10 @@
 // they are text. Where a file has a page index, a row costs its page; where it has none, a row group is decoded whole and
 // the last two are kept, so that neighbours are free and memory stays small.
 import zlib from 'node:zlib';
-import type { FileMetaData, RowGroup, SchemaTree } from 'hyparquet';
+import type { AsyncBuffer, FileMetaData, RowGroup, SchemaTree } from 'hyparquet';
 import { UserError } from './errors.ts';
 import { asUserError } from './files.ts';
+import { snappyDecompress } from './snappy.ts';
 
 export interface ParquetTable {
   path: string;
@@ -25,6 +26,7 @@ export async function openParquet(path: string): Promise<ParquetTable> {
   const { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } = await import(
     'hyparquet'
   );
+  const { pageChecks } = await import('./parquet_pages.ts');
   const told = async <T>(work: () => Promise<T>): Promise<T> => {
     try {
       return await work();
@@ -32,15 +34,36 @@ export async function openParquet(path: string): Promise<ParquetTable> {
       throw parquetError(error, path);
     }
   };
-  const { file, metadata, columns } = await told(async () => {
+  const { file, metadata, columns, check } = await told(async () => {
     const opened = await asyncBufferFromFile(path);
     const footer = await parquetMetadataAsync(opened);
     const schema = parquetSchema(footer);
     checkFooter(footer, schema);
-    return { file: opened, metadata: footer, columns: schema.children.map(({ element }) => element.name) };
+    return {
+      file: opened,
+      metadata: footer,
+      columns: schema.children.map(({ element }) => element.name),
+      check: pageChecks(footer, compressors),
+    };
   });
   const read = async (column: string, rowStart: number, rowEnd: number): Promise<unknown[]> => {
-    const options = { file, metadata, rowStart, rowEnd, columns: [column], compressors, utf8: false };
+    const checked: AsyncBuffer = {
+      byteLength: file.byteLength,
+      async slice(start, end) {
+        const bytes = await file.slice(start, end);
+        check(column, bytes, start);
+        return bytes;
+      },
+    };
+    const options = {
+      file: checked,
+      metadata,
+      rowStart,
+      rowEnd,
+      columns: [column],
+      compressors,
+      utf8: false,
+    };
     const rows = await told(() => parquetReadObjects({ ...options, useOffsetIndex: true }));
     return rows.map((row) => row[column]);
   };
@@ -108,7 +131,7 @@ function groupsOf({ row_groups }: FileMetaData): Group[] {
   });
 }
 
-// Zstandard came to Node with 22.15; snappy is hyparquet's own.
+// Zstandard came to Node with 22.15.
 const { zstdDecompressSync } = zlib as { zstdDecompressSync?: typeof zlib.gunzipSync };
 
 /** Unpacks no more than a page is said to hold: a few bytes may be told to become gigabytes. */
@@ -118,6 +141,7 @@ const bounded = (unpack: typeof zlib.gunzipSync) => (bytes: Uint8Array, length: 
 const compressors = {
   GZIP: bounded(zlib.gunzipSync),
   BROTLI: bounded(zlib.brotliDecompressSync),
+  SNAPPY: snappyDecompress,
   ...(zstdDecompressSync && { ZSTD: bounded(zstdDecompressSync) }),
 };
 
