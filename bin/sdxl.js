@@ -1,5 +1,10 @@
 #!/usr/bin/env node
 import { main } from '../dist/cli/main.js';
 
-const status = await main(process.argv.slice(2));
-process.exitCode ||= status; // it may be that of a result that could not be written
+let status = 0;
+// Said last, as a run file may have left something behind that ends the program. Without an error it may be that of a result that could
+// not be written.
+process.on('exit', () => {
+  process.exitCode = status || process.exitCode;
+});
+status = await main(process.argv.slice(2));

@@ -71,7 +71,9 @@ export function addTrain(command: Command, terminal: Terminal): void {
     .option('--device <NAME>', `${devices}; or several GPUs of this machine, as cuda:0,cuda:1`, 'auto')
     .option('--json', "the log's lines on stdout as they come, and a last one that says what was written")
     .addHelpText('after', below(trainExamples))
-    .action((file: string, options: Options) => trainAll(file, options, terminal));
+    .action((file: string, options: Options) =>
+      heedingExit(file, terminal, () => trainAll(file, options, terminal)),
+    );
 }
 
 export function addPlan(command: Command, terminal: Terminal): void {
@@ -90,7 +92,9 @@ export function addPlan(command: Command, terminal: Terminal): void {
       'a JSON object for each run, on a line of its own: all keys, updates, parameters, bytes',
     )
     .addHelpText('after', below(planExamples))
-    .action((file: string, options: PlanOptions) => planAll(file, options, terminal));
+    .action((file: string, options: PlanOptions) =>
+      heedingExit(file, terminal, () => planAll(file, options, terminal)),
+    );
 }
 
 const addShared = (command: Command): Command =>
@@ -102,6 +106,24 @@ const addShared = (command: Command): Command =>
     )
     .option('--only <NAME>', 'of several runs in the file, this one')
     .option('--quiet', 'no progress');
+
+/** Does `work`. Where the run file ends the program meanwhile, as scripts do when they are done, that is not to look like success. */
+async function heedingExit(file: string, terminal: Terminal, work: () => Promise<void>): Promise<void> {
+  const tell = (status: number) => {
+    if (status >= 128) return; // by a signal
+    terminal.err(`error: ${file} ends the program before its work is done; take process.exit out of it\n`);
+    process.exitCode = 2;
+  };
+  const leaveToNode = () => void process.off('exit', tell); // a bug, which shows its stack
+  process.once('exit', tell);
+  process.once('uncaughtExceptionMonitor', leaveToNode);
+  try {
+    await work();
+  } finally {
+    process.off('exit', tell);
+    process.off('uncaughtExceptionMonitor', leaveToNode);
+  }
+}
 
 /** The runs of a file that are asked for, which have work for so many GPUs. */
 async function chosenRuns(

@@ -137,6 +137,29 @@ test('a full disk leaves the old checkpoint', async (t) => {
   t.equal((await sdxl('train', file, '--quiet', '--resume')).status, 0, 'and can be resumed');
 });
 
+test('a run file that ends the program, or throws beside it, is no success', (t) => {
+  const program = join(packageRoot, 'bin', 'sdxl.js');
+  const left = /^error: \S+ ends the program before its work is done; take process\.exit out of it\n$/;
+  const later = "await new Promise((resolve) => setTimeout(resolve, 50)); export default { steps: 'x' };";
+  for (const [name, text, sentence] of [
+    ['exits', 'process.exit(0);', left],
+    ['fails', 'process.exit(1);', left],
+    [
+      'timer',
+      `setTimeout(() => { throw new Error('too late'); }, 1); ${later}`,
+      /cannot be loaded: too late\n$/,
+    ],
+    ['left', `Promise.reject(new Error('unheard')); export default {};`, /cannot be loaded: unheard\n$/],
+    ['over', `export default { steps: 'x' }; setTimeout(() => process.exit(0), 1);`, /"steps" is "x"/],
+  ] as const) {
+    const file = runFile(name, {}, text);
+    const { status, stderr } = spawnSync(process.execPath, [program, 'train', file], { encoding: 'utf8' });
+    t.equal(status, 2, name);
+    t.match(stderr, sentence, name);
+  }
+  t.end();
+});
+
 test('previews sample as the model is trained to predict, like the finished model', async (t) => {
   const file = runFile('velocity', {
     steps: 1,

@@ -49,6 +49,13 @@ test('run files', async (t) => {
   );
   const own = "import { UserError } from 'sdxl';\nthrow new UserError('no milk: buy some');";
   await refuses(t, 'throws no Error', /it throws an object that/, ...file('o', {}, 'throw { toString: 1 };'));
+  const getter = "export default { get steps() { throw new Error('no steps'); } };";
+  await refuses(
+    t,
+    'throws when it is asked',
+    /getter\.ts cannot be loaded: no steps$/,
+    ...file('getter', {}, getter),
+  );
   const endless = file('endless', {}, 'export default new Promise(() => {});');
   await refuses(t, 'never comes', /it waits for a promise that nothing keeps; export the run/, ...endless);
   await refuses(t, 'throws a sentence', /^error: no milk: buy some$/, ...file('milk', {}, own));

@@ -2,6 +2,7 @@
 // strip types. `import { defineRun } from 'sdxl'` works in any folder: the module is handed in, not looked up.
 import { existsSync } from 'node:fs';
 import { basename, join, resolve } from 'node:path';
+import { setImmediate } from 'node:timers/promises';
 import { UserError } from '../../io/errors.ts';
 import { assertFile } from '../../io/files.ts';
 import { packageRoot } from '../../io/package_root.ts';
@@ -60,7 +61,10 @@ async function evaluate(path: string): Promise<unknown> {
     interopDefault: false, // a default export and nothing else is a run
   });
   try {
-    return await beforeTheEnd(jiti.import<{ default?: unknown }>(resolve(path)).then((m) => m.default));
+    const exported = jiti.import<{ default?: unknown }>(resolve(path)).then((m) => m.default);
+    const given = await beforeTheEnd(exported);
+    askAll(given);
+    return given;
   } catch (error) {
     if (error instanceof UserError) throw error;
     const reason = spelled(error)
@@ -71,18 +75,33 @@ async function evaluate(path: string): Promise<unknown> {
   }
 }
 
-/** What `work` gives; where the program has nothing left to do before it does, it would end without a word. */
+/**
+ * What `work` gives. Where the program has nothing left to do before it does, it would end without a word; where something is thrown
+ * beside it, such as by a timer, with a stack.
+ */
 async function beforeTheEnd<R>(work: Promise<R>): Promise<R> {
-  let end = () => {};
+  let fail: (error: unknown) => void = () => {};
   const over = new Promise<never>((_, reject) => {
-    end = () => reject(new Error('it waits for a promise that nothing keeps; export the run itself'));
+    fail = reject;
   });
+  const end = () => fail(new Error('it waits for a promise that nothing keeps; export the run itself'));
   process.once('beforeExit', end);
+  process.once('uncaughtException', fail);
   try {
-    return await Promise.race([work, over]);
+    const given = await Promise.race([work, over]);
+    await Promise.race([setImmediate(), over]); // a promise that nobody waited for is told of now
+    return given;
   } finally {
     process.off('beforeExit', end);
+    process.off('uncaughtException', fail);
   }
+}
+
+/** Asks for every value once: a getter that throws is to do so here, where it is the file's mistake. */
+function askAll(value: unknown, asked = new Set<unknown>()): void {
+  if (typeof value !== 'object' || asked.has(value)) return;
+  asked.add(value);
+  for (const each of Object.values(value ?? {})) askAll(each, asked);
 }
 
 /** What was thrown, which may be anything; not every object has a text. */
