@@ -22,7 +22,7 @@ import { checkHires, type HiresOptions } from './hires_options.ts';
 import { checkIPAdapters, type IPAdapterOptions } from './ip_adapter_options.ts';
 import { checkMask, type MaskOptions } from './mask_options.ts';
 import type { PreviewOptions } from './preview.ts';
-import { loraTags, type Prompt, readPrompts } from './prompt_loras.ts';
+import { loraTagsIn, type Prompt, readPrompts } from './prompt_loras.ts';
 import { checkUpscale, type UpscaleOptions } from './upscale_options.ts';
 
 export interface SampleOptions
@@ -166,7 +166,7 @@ export function checkTexts(options: SampleOptions, prompts: readonly Prompt[]): 
   const texts = textsOf(options, prompts);
   if (emphasis !== 'none') for (const text of texts) parsePromptAttention(text);
   const said = texts.join('\n').toLowerCase();
-  const tags = [...new Set(texts.flatMap((text) => text.match(loraTags) ?? []))];
+  const tags = [...new Set(texts.flatMap(loraTagsIn))];
   const instead =
     options.loraModelDir === undefined
       ? 'leave it out, and give --lora FILE:SCALE, or --lora-model-dir with the folder that has it'

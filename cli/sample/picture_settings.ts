@@ -10,7 +10,7 @@ import { readFor } from '../option_values.ts';
 import { type Parameters, readParameters } from './a1111_read.ts';
 import { writeParameters } from './a1111_write.ts';
 import type { SampleOptions } from './options.ts';
-import { loraTags } from './prompt_loras.ts';
+import { loraTagsIn } from './prompt_loras.ts';
 
 /** What of a request depends on this machine or this call rather than on the picture. */
 const local = [
@@ -53,7 +53,7 @@ export function pictureText(
 ): Record<string, string> {
   const { prompt: [prompt] = [''], width, height } = request;
   // A folder that no prompt asks for need not be there when the picture is drawn again.
-  const loraModelDir = prompt.match(loraTags) ? options.loraModelDir : undefined;
+  const loraModelDir = loraTagsIn(prompt).length > 0 ? options.loraModelDir : undefined;
   const settings = Object.entries({ ...options, loraModelDir, prompt, width, height, seed })
     .filter(([name, value]) => value !== undefined && !local.includes(name))
     .map(([name, value]): [string, unknown] => [name, typed(name, value)])

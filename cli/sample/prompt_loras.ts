@@ -14,7 +14,14 @@ export interface Prompt {
 }
 
 /** The second word is A1111's for the same. */
-export const loraTags = /<(?:lora|lyco):([^>]+)>/g;
+const loraTag = /<(?:lora|lyco):([^>]+)>/g;
+
+/** Where a text's last tag can end at the latest: behind it, each begin of one would have the rest read. */
+const lastEnd = (text: string): number => text.lastIndexOf('>') + 1;
+
+/** A text's tags, as they stand. */
+export const loraTagsIn = (text: string): readonly string[] =>
+  text.slice(0, lastEnd(text)).match(loraTag) ?? [];
 
 /** What one of them says. */
 interface Named {
@@ -25,7 +32,7 @@ interface Named {
 
 /** Prompts with the LoRAs of a folder that they name; without one tags are text. @throws UserError for a tag that cannot be heeded */
 export function readPrompts(prompts: readonly string[], folder: string | undefined): Prompt[] {
-  if (folder === undefined || !prompts.some((typed) => typed.match(loraTags)))
+  if (folder === undefined || !prompts.some((typed) => loraTagsIn(typed).length > 0))
     return prompts.map((typed) => ({ typed, text: typed, lora: [] }));
   const { fileOf } = openLoraFolder(folder);
   return prompts.map((typed) => {
@@ -43,11 +50,12 @@ export function readPrompts(prompts: readonly string[], folder: string | undefin
 /** The text of a prompt, and what its tags say. @throws UserError */
 export function withoutLoras(prompt: string): { text: string; named: Named[] } {
   const named: Named[] = [];
-  const text = prompt.replace(loraTags, (tag, said: string) => {
+  const end = lastEnd(prompt);
+  const text = prompt.slice(0, end).replace(loraTag, (tag, said: string) => {
     named.push(namedBy(tag, said.split(':')));
     return '';
   });
-  return { text, named };
+  return { text: text + prompt.slice(end), named };
 }
 
 /** A name, perhaps a weight, perhaps another one for the UNet; in A1111 these may be called te and unet, too. */

@@ -26,6 +26,9 @@ const marks = /\\[()[\]\\]?|[([\])]|:([+-]?[.\d]+)\)|[^\\()[\]:]+|:/g;
 // Spaces are looked at from their first on alone: from each of them the rest would be read again.
 const breaks = /(?:(?<!\s)\s+)?(?<![\p{L}\p{N}_])BREAK(?![\p{L}\p{N}_])\s*/u;
 
+/** The most brackets of a kind within each other that weigh; a prompt of nothing else would have each weigh all the spans behind it. */
+const mostDeep = 100;
+
 /**
  * A prompt's spans: `(a)` has weight 1.1, `[a]` 1 / 1.1, `(a:1.3)` 1.3, nested ones their product; what is never closed goes on to
  * the end; a backslash takes a bracket or backslash as it stands. As in A1111 a BREAK inside brackets is an ordinary word.
@@ -39,7 +42,8 @@ export function parsePromptAttention(prompt: string): Span[] {
   };
   for (const [text, weight] of prompt.matchAll(marks)) {
     if (text[0] === '\\') spans.push({ text: text.slice(1), weight: 1 });
-    else if (text === '(' || text === '[') open[text].push(spans.length);
+    else if (text === '(' || text === '[')
+      open[text].push(open[text].length < mostDeep ? spans.length : Number.POSITIVE_INFINITY);
     else if (weight !== undefined && open['('].length > 0) weigh(open['('].pop(), numberOf(weight, text));
     else if (text === ')' && open['('].length > 0) weigh(open['('].pop(), 1.1);
     else if (text === ']' && open['['].length > 0) weigh(open['['].pop(), 1 / 1.1);

@@ -31,7 +31,7 @@ interface Reading extends Pass {
 }
 
 const plain = /(?:[^\\[\]():|]|\\[^\n])+/y;
-const when = /:\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*\]/iy;
+const when = /:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*\]/iy;
 
 /** The most brackets within each other; those further in are text. */
 const mostDeep = 100;

@@ -6,7 +6,7 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { readParameters } from '../../cli/sample/a1111_read.ts';
 import { metadataOf, openLoraFolder } from '../../cli/sample/lora_folder.ts';
-import { readPrompts, withoutLoras } from '../../cli/sample/prompt_loras.ts';
+import { loraTagsIn, readPrompts, withoutLoras } from '../../cli/sample/prompt_loras.ts';
 import { writePng } from '../../io/image.ts';
 import { readPngText } from '../../io/png.ts';
 import { openSafetensors } from '../../io/safetensors.ts';
@@ -61,6 +61,19 @@ test('tags are read as A1111 reads them', (t) => {
     ['<lora:style:1:lbw=XYZ>', /says more than is read/],
   ] as const)
     t.throws(() => withoutLoras(`a ${tag} fox`), sentence, tag);
+  t.end();
+});
+
+test('begins of tags that never end are read once', (t) => {
+  const began = process.cpuUsage().user;
+  const open = '<lora:'.repeat(16_000);
+  t.same(withoutLoras(`<lora:a:0.5> fox ${open}`), {
+    text: ` fox ${open}`,
+    named: [{ name: 'a', scale: 0.5, textEncoderScale: 0.5 }],
+  });
+  t.same(loraTagsIn(open), []);
+  t.same(loraTagsIn('<lora:<lora:a> fox'), ['<lora:<lora:a>'], 'what is within one is its name');
+  t.ok(process.cpuUsage().user - began < 2e6, 'each with the rest it would take ten seconds');
   t.end();
 });
 

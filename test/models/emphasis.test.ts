@@ -73,6 +73,29 @@ test('a long run of spaces is read once', (t) => {
   t.end();
 });
 
+test('brackets that are never closed are weighed once, and a hundred of them at most', (t) => {
+  const began = process.cpuUsage().user;
+  const spans = parsePromptAttention('a('.repeat(50_000));
+  t.ok(
+    process.cpuUsage().user - began < 3e6,
+    'each with all that are behind it would take a quarter of a minute',
+  );
+  t.equal(spans.length, 101, 'spans of one weight are one');
+  const weight = (depth: number) =>
+    Array(depth)
+      .fill(1.1)
+      .reduce((product, each) => product * each, 1);
+  t.same(
+    spans.map((span) => span.weight),
+    spans.map((_, depth) => weight(depth)),
+  );
+  t.same(parsePromptAttention(`${'('.repeat(150)}a${')'.repeat(150)}b`), [
+    { text: 'a', weight: weight(100) },
+    { text: 'b', weight: 1 },
+  ]);
+  t.end();
+});
+
 test('chunks of weighted prompts', async (t) => {
   const tokenizer = loadTokenizer(join(tiny, 'tokenizer'));
   const [the, comma] = ['the', ','].map((text) => tokenizer.tokenize(text)[0]);

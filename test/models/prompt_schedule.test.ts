@@ -38,6 +38,10 @@ test('a prompt that is all brackets takes no longer than it is long', (t) => {
     t.equal(promptSchedule(prompt, { calls: 30 })[0].end > 0, true);
     t.ok(performance.now() - began < 2000, text);
   }
+  const began = process.cpuUsage().user;
+  const number = `[a:${'1'.repeat(30_000)}`;
+  t.same(promptSchedule(number, { calls: 30 }), [{ end: 30, text: number }]);
+  t.ok(process.cpuUsage().user - began < 2e6, 'a number that nothing closes');
   const deep = (n: number) => `${'['.repeat(n)}a:b:3${']'.repeat(n)}`;
   t.equal(promptSchedule(deep(90), { calls: 9 }).length, 2);
   const far = promptSchedule(`${'('.repeat(5000)}[a:b:3]${')'.repeat(5000)}`, { calls: 9 });
