@@ -4,6 +4,7 @@ import { createServer, type IncomingMessage, type Server, type ServerResponse } 
 import { UserError } from '../../io/errors.ts';
 import { isDeeper, isRecord } from '../../io/json.ts';
 import { inOneLine } from '../terminal.ts';
+import { limitConnections } from './connections.ts';
 import { type Rules, refusal } from './guard.ts';
 
 /** A picture of 16 megapixels in base64, with room. */
@@ -51,7 +52,7 @@ export function httpServer(routes: Routes, options: HttpOptions): Server {
   // A slow client holds its connection up, not the server: ten seconds for the header, a minute for the body.
   const limits = { headersTimeout: 10_000, requestTimeout: 60_000, connectionsCheckingInterval: 2_000 };
   const server = createServer(limits, (request, response) => void answer(request, response, routes, options));
-  server.maxConnections = 256;
+  limitConnections(server);
   return server;
 }
 

@@ -1,6 +1,7 @@
 // HTTP around `sdxl serve` without a model: who is let in, what is read of a body, and the order of a queue.
-import { type IncomingMessage, request } from 'node:http';
-import type { AddressInfo } from 'node:net';
+import { once } from 'node:events';
+import { Agent, type IncomingMessage, request } from 'node:http';
+import { type AddressInfo, connect } from 'node:net';
 import { type Test, test } from 'tap';
 import { type Drawer, openDrawer } from '../../cli/serve/drawer_process.ts';
 import { isLoopback, type Rules, refusal } from '../../cli/serve/guard.ts';
@@ -202,6 +203,56 @@ test('who leaves while a body is sent is no bug', async (t) => {
   sent.write('{', () => setTimeout(() => sent.destroy(), 50));
   await isOver;
   t.same(bugs, [], 'nothing for the log');
+});
+
+test('hundreds of connections that say little keep nobody out', async (t) => {
+  let tell = (_: string): void => {};
+  const url = await opened(t, {
+    'GET /now': () => ({ json: 1 }),
+    'POST /body': async ({ json }) => ({ json: await json() }),
+    'GET /events': () => ({
+      events: (send) =>
+        new Promise((resolve) => {
+          tell = (event) => resolve(send(event, 1));
+          send('begin', 0);
+        }),
+    }),
+  });
+  const port = Number(new URL(url).port);
+  const agent = new Agent({ keepAlive: true, maxSockets: 1 });
+  t.teardown(() => agent.destroy());
+  const ask = () =>
+    new Promise<number>((resolve, reject) => {
+      const asked = request(`${url}/now`, { agent }, (response) =>
+        response.resume().on('end', () => resolve(asked.socket?.localPort ?? 0)),
+      );
+      asked.on('error', reject).end();
+    });
+  const from = await ask();
+  const events = await fetch(`${url}/events`);
+  const headers = { 'Content-Type': 'application/json' };
+  const upload = request(`${url}/body`, { method: 'POST', headers });
+  const answered = once(upload, 'response');
+  upload.write(`{"prompt": "${' '.repeat(2000)}`);
+  // In the order of their numbers, as each is let in before the next.
+  const open = async (said: string) => {
+    const socket = connect(port, '127.0.0.1').on('error', () => {});
+    t.teardown(() => socket.destroy());
+    await once(socket, 'connect');
+    socket.write(said);
+  };
+  const post = 'POST /body HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n';
+  for (let i = 0; i < 300; i++) await open(['', 'G', 'GET /now HTTP/1.1\r\nA: b'][i % 3]);
+  t.equal(await ask(), from, 'a connection that is kept is still the same');
+  for (let i = 0; i < 300; i++) await open(i === 0 ? '' : `${post}Content-Length: 9\r\n\r\n{`);
+  const began = performance.now();
+  t.equal((await fetch(`${url}/now`)).status, 200);
+  t.ok(performance.now() - began < 2000, 'another is answered at once');
+  upload.end('"}');
+  const [{ statusCode }] = await answered;
+  t.equal(statusCode, 200, 'a slow upload goes on');
+  tell('end');
+  t.match(await events.text(), /event: end/, 'and a stream');
 });
 
 test('a page that may ask is told so, and another is not', async (t) => {
