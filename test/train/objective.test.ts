@@ -9,9 +9,9 @@ import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import type { Conditioning } from '../../models/unet/transformer.ts';
 import type { UNet } from '../../models/unet/unet.ts';
 import { draws } from '../../train/data/draws.ts';
+import { drawNoise } from '../../train/objective/noise.ts';
 import {
   diffusionLoss,
-  drawNoise,
   drawTimestep,
   lossWeight,
   noiseBatch,
