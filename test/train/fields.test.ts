@@ -157,6 +157,8 @@ test('keys that would do nothing are refused, with what they are for', (t) => {
     ['optimizer.clip_threshold', '2', 'Adafactor', 'optimizer.name=adafactor'],
     ['optimizer.decay_rate', '-0.5', 'Adafactor', 'optimizer.name=adafactor'],
     ['objective.huber_delta', '0.1', 'the Huber loss', 'objective.loss=huber'],
+    ['objective.huber_c', '0.2', 'the pseudo-Huber loss', 'objective.loss=pseudo_huber'],
+    ['objective.huber_schedule', 'constant', 'the pseudo-Huber loss', 'objective.loss=pseudo_huber'],
     ['lcm.huber_c', '0.1', 'the pseudo-Huber loss', 'lcm.loss_type=huber', 'train.method=lcm'],
     ['vae_objective.kl', '0', 'a VAE', vae],
   ]) {
@@ -168,6 +170,7 @@ test('keys that would do nothing are refused, with what they are for', (t) => {
     refuses(t, mend, () => resolved(`${key}=${value}`, ...others));
     t.doesNotThrow(() => resolved(`${key}=${value}`, owner, ...more), key);
   }
+  t.doesNotThrow(() => resolved('objective.huber_c=0.2', 'objective.loss=smooth_l1'), 'one of two');
   for (const [key, value] of [
     ['objective.snr_gamma', '5'],
     ['objective.loss', 'huber'],

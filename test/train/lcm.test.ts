@@ -1,16 +1,15 @@
-// Latent consistency distillation: the solver, losses and gradients against diffusers' script over peft's adapters (golden/lcm.py), the
-// pseudo-Huber loss against float64, runs that resume bit for bit, what they make, and mistakes. A pass on a GPU: gpu_training.test.ts.
+// Latent consistency distillation: the solver, losses and gradients against diffusers' script over peft's adapters (golden/lcm.py),
+// runs that resume bit for bit, what they make, and mistakes. A pass on a GPU: gpu_training.test.ts.
 import { join } from 'node:path';
 import { test } from 'tap';
-import { backward, gradOf, requireGrad } from '../../engine/grad.ts';
+import { backward, gradOf } from '../../engine/grad.ts';
 import type { Parameter } from '../../engine/module.ts';
 import { scope } from '../../engine/scope.ts';
-import { tensor } from '../../engine/tensor.ts';
 import { readPicture } from '../../io/image.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { openMaterials } from '../../train/materials.ts';
-import { consistency, distilled, pseudoHuber, solverSteps } from '../../train/methods/lcm.ts';
+import { consistency, distilled, solverSteps } from '../../train/methods/lcm.ts';
 import { objectiveOf } from '../../train/objective/objective.ts';
 import { place } from '../../train/passes/pass.ts';
 import { describe, planOf } from '../../train/plan.ts';
@@ -175,25 +174,6 @@ for (const [i, one] of cases.entries())
     session.release();
     t.equal(device.memory.storages, before, 'live tensors');
   });
-
-test('the pseudo-Huber loss and its gradient', (t) => {
-  const [shape, c] = [[2, 3, 5, 4], 0.01];
-  const values = numbers('r', shape).map((x, i) => (i % 7 ? x : 0) * 10 ** -(i % 5));
-  for (const weights of [undefined, [0.5, 2]]) {
-    const weight = (i: number) => (weights?.[Math.floor(i / 60)] ?? 1) / 120;
-    const want = values.reduce((total, r, i) => total + weight(i) * (Math.hypot(r, c) - c), 0);
-    const slopes = values.map((r, i) => (weight(i) * r) / Math.hypot(r, c));
-    scope(() => {
-      const r = requireGrad(tensor(values, shape, { device }));
-      const loss = pseudoHuber(r, c, weights && tensor(weights, [2], { device }));
-      t.same(loss.shape, [1]);
-      allClose(t, 'loss', loss.floats(), [want], { atol: 0, rtol: 1e-6 });
-      backward(loss);
-      allClose(t, 'gradient', gradOf(r)?.floats() ?? [], slopes, { atol: 1e-9, rtol: 2e-6 });
-    });
-  }
-  t.end();
-});
 
 test('runs resume bit for bit, fused or not, and a LoRA draws in few steps without guidance', async (t) => {
   const before = device.memory.storages;

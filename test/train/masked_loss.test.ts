@@ -211,5 +211,5 @@ test('mistakes', async (t) => {
   }
   const huber = { ...maskedRun('huber', half), objective: { masked_loss: true, loss: 'huber' as const } };
   const materials = await openMaterials(resolveRun(huber, 'run.ts', 'test'), locate, silent);
-  await t.rejects(sessionOf(materials), { message: /objective\.masked_loss weighs squares/ });
+  await t.rejects(sessionOf(materials), { message: /objective\.masked_loss weighs each place/ });
 });

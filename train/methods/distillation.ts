@@ -23,14 +23,15 @@ const compared: Record<Level, RegExp> = {
 export const distillation: MakeMethod = (run, objective) => ({
   ...plainDiffusion(run, objective),
   asks: { teacher: true },
-  loss({ student, teacher, conditioning }, { sample, timesteps, target, weights }) {
+  loss({ student, teacher, conditioning }, { sample, timesteps, target, weights, huber_c }) {
     const { distill_level: level, output_weight, feature_weight } = run.distillation;
     const paths = feature_weight > 0 ? compared[level] : undefined;
     // The teacher first, so that nothing of the student's pass has to be kept meanwhile.
     const [taught, said] = [teacher, student].map((network) =>
       withFeatures(paths, () => cast(network(sample, timesteps, conditioning), 'float32')),
     );
-    const far = (given: Tensor, wanted: Tensor) => distance(objective.settings, given, wanted, weights);
+    const far = (given: Tensor, wanted: Tensor) =>
+      distance(objective.settings, given, wanted, { weights, huber_c });
     const terms = [far(said.output, target), scale(far(said.output, taught.output), output_weight)];
     for (const [given, wanted] of pairsOf(level, said.features, taught.features))
       terms.push(scale(far(given, wanted), feature_weight));

@@ -6,10 +6,8 @@ import { noGrad } from '../../engine/grad.ts';
 import type { Tensors } from '../../engine/op.ts';
 import { add, mul, sub } from '../../engine/ops/binary.ts';
 import { mse } from '../../engine/ops/loss.ts';
-import { concat, slice } from '../../engine/ops/move.ts';
-import { layerNorm } from '../../engine/ops/norm.ts';
-import { sum } from '../../engine/ops/reduce.ts';
-import { cast, scale } from '../../engine/ops/unary.ts';
+import { slice } from '../../engine/ops/move.ts';
+import { cast } from '../../engine/ops/unary.ts';
 import { scope } from '../../engine/scope.ts';
 import { sizeOf, type Tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
@@ -19,6 +17,7 @@ import type { Conditioning } from '../../models/unet/transformer.ts';
 import { draws } from '../data/draws.ts';
 import type { LatentBatch, Network, Objective } from '../objective/objective.ts';
 import type { PassInputs } from '../objective/pass_inputs.ts';
+import { pseudoHuber, weighedMean } from '../objective/pseudo_huber.ts';
 import { asksAverages } from '../run/rules/methods.ts';
 import type { Run } from '../run/run.ts';
 import type { LossContext, MakeMethod } from './method.ts';
@@ -188,27 +187,5 @@ export function consistencyLoss(
   const given = summed(STUDENT, sample, ask(student, sample, timesteps, guided));
   return settings.loss_type === 'l2'
     ? mse(given, wanted, weights)
-    : pseudoHuber(sub(given, wanted), settings.huber_c, weights);
-}
-
-/**
- * The mean over images of weight_i times the mean of sqrt(r^2 + c^2) - c (Song & Dhariwal 2023), r [n, h, w, channels] float32. The length
- * of (r, c) is its product with its direction, and the direction is also the gradient, so that needs none. Layer norm finds it: the numbers
- * (r, -r, c, -c) have mean 0 and variance (r^2 + c^2) / 2.
- */
-export function pseudoHuber(r: Tensor, c: number, weights?: Tensor): Tensor {
-  const [n, h] = r.shape;
-  const x = r.reshape(-1, 1);
-  const [direction, rest] = noGrad(() =>
-    scope(() => {
-      const constant = scale(x, 0, c);
-      const rows = concat([x, scale(x, -1), constant, scale(constant, -1)], 1);
-      const first = slice(rows, 0, 0, 1).reshape(4);
-      const made = layerNorm(rows, scale(first, 0, Math.SQRT1_2), scale(first, 0), { eps: 0 });
-      return [slice(made, 1, 0, 1), scale(slice(made, 1, 2, 1), c, -c)];
-    }),
-  );
-  const each = add(mul(x, direction), rest).reshape(n, h, -1);
-  const perImage = scale(sum(sum(each, 2), 1), n / r.size);
-  return scale(sum(weights ? mul(perImage, weights) : perImage, 0), 1 / n).reshape(1);
+    : weighedMean(pseudoHuber(sub(given, wanted), settings.huber_c), weights);
 }

@@ -13,6 +13,7 @@ import {
   type Objective,
 } from '../objective/objective.ts';
 import type { PassInputs } from '../objective/pass_inputs.ts';
+import { hasThreshold } from '../objective/pseudo_huber.ts';
 import type { Run } from '../run/run.ts';
 
 /** What a loss may ask, on the device of its pass. What is not asked costs nothing. */
@@ -52,7 +53,8 @@ export const plainDiffusion: MakeMethod = ({ seed, dtype }, objective) => ({
   blank(shape) {
     const nothing = new Float32Array(sizeOf(shape));
     const timesteps = new Float32Array(shape[0]);
-    return noisedInputs({ shape, sample: nothing, timesteps, target: nothing }, dtype);
+    const huber_c = hasThreshold(objective.settings) ? timesteps : undefined;
+    return noisedInputs({ shape, sample: nothing, timesteps, target: nothing, huber_c }, dtype);
   },
   loss: ({ student, conditioning }, inputs) => diffusionLoss(student, objective, inputs, conditioning),
 });

@@ -2,9 +2,9 @@
 // All draws are keyed by (seed, epoch, sample) and made on the host in the latents' own layout [n, h, w, c]. Where peers
 // differ the paper's formula is taken and the function says so.
 import type { Tensors } from '../../engine/op.ts';
-import { mul } from '../../engine/ops/binary.ts';
+import { mul, sub } from '../../engine/ops/binary.ts';
 import { huber, mse } from '../../engine/ops/loss.ts';
-import { cast } from '../../engine/ops/unary.ts';
+import { cast, scale, square } from '../../engine/ops/unary.ts';
 import type { Tensor } from '../../engine/tensor.ts';
 import type { FloatDType } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
@@ -16,12 +16,17 @@ import type { Conditioning } from '../../models/unet/transformer.ts';
 import { draws } from '../data/draws.ts';
 import { drawNoise, type NoiseSettings } from './noise.ts';
 import type { HostTensor, PassInputs } from './pass_inputs.ts';
+import {
+  type HuberSettings,
+  hasThreshold,
+  huberThreshold,
+  pseudoHuber,
+  weighedMean,
+} from './pseudo_huber.ts';
 
-export interface ObjectiveSettings extends NoiseSettings {
+export interface ObjectiveSettings extends NoiseSettings, HuberSettings {
   /** What the network says of a noised picture; empty for what the model's scheduler says that it does. */
   prediction_type: '' | 'epsilon' | 'v_prediction';
-  loss: 'mse' | 'huber';
-  huber_delta: number;
   /** What the loss of pictures for prior preservation weighs (dataset.class_data_dir). */
   prior_loss_weight: number;
   /** Weigh each place of a picture by its mask, its conditioning image or its alpha (mask.ts). */
@@ -63,6 +68,8 @@ export interface NoisedBatch {
   target: Float32Array;
   /** What multiplies each image's loss; undefined for 1. */
   weights?: Float32Array;
+  /** The c of each image's loss, where the run's loss has one. */
+  huber_c?: Float32Array;
 }
 
 export interface Objective {
@@ -132,7 +139,7 @@ function refuseTogether(settings: ObjectiveSettings): void {
     throw new UserError('objective.snr_gamma and objective.debiased are two weightings; choose one');
   if (settings.masked_loss && settings.loss === 'huber')
     throw new UserError(
-      'objective.masked_loss weighs squares, and objective.loss "huber" is none; set it to "mse", or leave the mask out',
+      'objective.masked_loss weighs each place of a picture, and objective.loss "huber" tells of all at once; set it to "mse" or "pseudo_huber", or leave the mask out',
     );
   const [begin, end] = settings.timestep_range;
   if (begin > end)
@@ -191,7 +198,10 @@ export function addNoise(
   if (edm?.sign === -1) target.forEach((v, i) => void (target[i] = -v));
   const isWeighted = settings.snr_gamma > 0 || settings.debiased;
   const weights = isWeighted ? timesteps.map((t) => lossWeight(settings, alphasCumprod[t])) : undefined;
-  return { shape, sample, timesteps: edm ? timesteps.map((t) => edm.told[t]) : timesteps, target, weights };
+  const thresholdAt = (t: number) => huberThreshold(settings, t, alphasCumprod.length, alphasCumprod[t]);
+  const huber_c = hasThreshold(settings) ? timesteps.map(thresholdAt) : undefined;
+  const told = edm ? timesteps.map((t) => edm.told[t]) : timesteps;
+  return { shape, sample, timesteps: told, target, weights, huber_c };
 }
 
 /**
@@ -259,7 +269,7 @@ function preferred(settings: ObjectiveSettings, count: number): [number, number]
 
 /** A noised batch as inputs of a pass; the network sees its sample in `dtype`. */
 export function noisedInputs(
-  { shape, sample, timesteps, target, weights }: NoisedBatch,
+  { shape, sample, timesteps, target, weights, huber_c }: NoisedBatch,
   dtype: FloatDType,
 ): PassInputs {
   const perImage = (values: Float32Array): HostTensor => ({ shape: [shape[0]], values, dtype: 'float32' });
@@ -268,6 +278,7 @@ export function noisedInputs(
     timesteps: perImage(timesteps),
     target: { shape, values: target, dtype: 'float32' },
     ...(weights && { weights: perImage(weights) }),
+    ...(huber_c && { huber_c: perImage(huber_c) }),
   };
 }
 
@@ -275,25 +286,36 @@ export function noisedInputs(
 export type Network = (sample: Tensor, timesteps: Tensor, conditioning: Conditioning) => Tensor;
 
 /** The weighted mean loss of a batch (noisedInputs, as tensors), [1] float32, on the tape. */
-export function diffusionLoss(
+export const diffusionLoss = (
   network: Network,
   { settings }: Objective,
-  { sample, timesteps, target: wanted, weights, mask }: Tensors,
+  inputs: Tensors,
   conditioning: Conditioning,
-): Tensor {
-  const seen = (x: Tensor): Tensor => (mask ? mul(x, mask) : x);
-  return distance(
+): Tensor =>
+  distance(
     settings,
-    seen(cast(network(sample, timesteps, conditioning), 'float32')),
-    seen(wanted),
-    weights,
+    cast(network(inputs.sample, inputs.timesteps, conditioning), 'float32'),
+    inputs.target,
+    inputs,
   );
-}
 
-/** How far `given` is from `wanted`, of one type, by the loss of a run: its mean over images, [1] float32; `weights` are theirs. */
-export const distance = (
+/**
+ * How far `given` is from `wanted` [n, ...], of one type, by the loss of a run: its mean over images, [1] float32. Of a pass's inputs
+ * `weights` are the images', and `mask` is the root of what each place counts (controls/mask.ts).
+ */
+export function distance(
   { loss, huber_delta }: Pick<ObjectiveSettings, 'loss' | 'huber_delta'>,
   given: Tensor,
   wanted: Tensor,
-  weights?: Tensor,
-): Tensor => (loss === 'huber' ? huber(given, wanted, weights, huber_delta) : mse(given, wanted, weights));
+  { weights, mask, huber_c: c }: Tensors,
+): Tensor {
+  if (hasThreshold({ loss })) {
+    const each = pseudoHuber(sub(given, wanted), c);
+    const factors = loss === 'pseudo_huber' ? scale(c, 2) : scale(c, 0, 2);
+    return weighedMean(mask ? mul(each, square(mask)) : each, weights ? mul(factors, weights) : factors);
+  }
+  const seen = (x: Tensor): Tensor => (mask ? mul(x, mask) : x);
+  return loss === 'huber'
+    ? huber(given, wanted, weights, huber_delta)
+    : mse(seen(given), seen(wanted), weights);
+}

@@ -57,7 +57,7 @@ export const foreignKeys: Readonly<Record<string, string | readonly string[]>> =
   max_train_steps: 'steps',
   v_parameterization: 'objective.prediction_type',
   loss_type: 'objective.loss',
-  huber_c: 'objective.huber_delta',
+  huber_c: ['objective.huber_c', 'lcm.huber_c'],
   // Of diffusers' scripts for LCM the first, of distillation into a smaller UNet the second.
   pretrained_teacher_model: ['model', 'distillation.pretrained_teacher_model'],
   teacher_unet: 'distillation.pretrained_teacher_model',

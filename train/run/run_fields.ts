@@ -149,8 +149,11 @@ export const fields: Fields<Run> = {
   steps: whole(0),
   objective: {
     prediction_type: choice('', '', 'epsilon', 'v_prediction'),
-    loss: choice('mse', 'mse', 'huber'),
+    loss: choice('mse', 'mse', 'huber', 'pseudo_huber', 'smooth_l1'),
     huber_delta: number(1, { min: 0 }),
+    huber_c: number(0.1, { min: 1e-6 }),
+    huber_scale: number(1, { min: 1e-6 }),
+    huber_schedule: choice('snr', 'constant', 'exponential', 'snr'),
     prior_loss_weight: number(1, { min: 0 }),
     masked_loss: flag(false),
     snr_gamma: number(0, { min: 0 }),

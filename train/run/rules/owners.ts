@@ -35,18 +35,23 @@ interface Owned {
   /** What they are of, in words. */
   of: string;
   by: Decider;
-  /** The value of `by` that they are for, or the one that has no use for them. */
-  owner?: string;
+  /** The values of `by` that they are for, the usual one first, or the one that has no use for them. */
+  owner?: string | readonly string[];
   stranger?: string;
 }
 
-/** Keys of a group that are for one value of another key. */
-const row = (group: Group, keys: RegExp | undefined, of: string, by: Decider, owner: string): Owned => ({
-  ...{ group, keys, of, by, owner },
-});
+/** Keys of a group that are for one value of another key, or a few. */
+const row = (
+  group: Group,
+  keys: RegExp | undefined,
+  of: string,
+  by: Decider,
+  owner: Owned['owner'],
+): Owned => ({ group, keys, of, by, owner });
 
 // What every adapter has may stay where none is trained: a run may be tried with and without.
 const ofAdapters = /^(?!(rank|alpha|targets|text_encoder_targets)$)/;
+const ofThresholds = /^huber_(c|scale|schedule)$/;
 const ofProdigy = /^(d_coef|d0|beta3|growth_rate|use_bias_correction|safeguard_warmup)$/;
 
 const owned: readonly Owned[] = [
@@ -65,6 +70,7 @@ const owned: readonly Owned[] = [
   row('dataset', /^(rejected_image|label)_column$/, 'Diffusion-DPO', 'train.method', 'dpo'),
   row('esd', undefined, 'ESD', 'train.method', 'esd'),
   row('objective', /^huber_delta$/, 'the Huber loss', 'objective.loss', 'huber'),
+  row('objective', ofThresholds, 'the pseudo-Huber loss', 'objective.loss', ['pseudo_huber', 'smooth_l1']),
   row('lcm', /^huber_c$/, 'the pseudo-Huber loss', 'lcm.loss_type', 'huber'),
   // Moments' betas and eps may stay: most optimizers have them, and a run may be tried with one or another.
   row('optimizer', /^(clip_threshold|decay_rate)$/, 'Adafactor', 'optimizer.name', 'adafactor'),
@@ -75,14 +81,15 @@ const owned: readonly Owned[] = [
 const foreignTo = (run: Run): Owned[] =>
   owned.filter(({ by, owner, stranger }) => {
     const own = deciders[by](run);
-    return owner === undefined ? own === stranger : own !== owner;
+    return owner === undefined ? own === stranger : ![owner].flat().includes(own);
   });
 
 /** @throws UserError for the first key that is another's; `where` names the file */
 export function refuseForeign(run: Run, where: string): void {
   for (const { group, keys = /./, of, by, owner } of foreignTo(run)) {
     const key = given(run, group).find((each) => keys.test(each));
-    const mend = owner === undefined ? 'leave it out' : `leave it out, or set "${by}" to "${owner}"`;
+    const mend =
+      owner === undefined ? 'leave it out' : `leave it out, or set "${by}" to "${[owner].flat()[0]}"`;
     if (key)
       throw new UserError(
         `${where}: "${group}.${key}" is of ${of}, and "${by}" is "${deciders[by](run)}"; ${mend}`,
