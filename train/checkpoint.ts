@@ -1,7 +1,8 @@
 // A checkpoint is a folder: the trained components as diffusers keeps them (unet/, vae/, text_encoder/, adapters in lora/, or vectors
 // in textual_inversion/), the same with averaged weights under ema/, the optimizer's tensors in optimizer.safetensors, and state.json,
-// which says where the run stood and holds the run itself. It is written beside the others, synced and renamed; then the oldest are
-// removed.
+// which says where the run stood and holds the run itself. Where the optimizer has the mean of the weights (Schedule-Free), that is the
+// components, and what gradients are taken at is the optimizer's. It is written beside the others, synced and renamed; then the oldest
+// are removed.
 import { existsSync, realpathSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import type { Parameter } from '../engine/module.ts';

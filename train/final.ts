@@ -31,16 +31,13 @@ export const finalOf = (output: string): string => join(output, 'final');
 
 /** Writes the finished model, which is that of `checkpoint`, and returns its folder. @throws UserError */
 export async function writeFinal(session: Session, checkpoint: string): Promise<string> {
-  const { run, task, ema, source, vaeSource, ipAdapter } = session;
-  await task.finish?.(ema?.weights);
+  const { run, task, averages, source, vaeSource, ipAdapter } = session;
+  await task.finish?.(averages);
   const folder = finalOf(run.output);
   replaceFolderAtomically(folder, (temporary) => {
     for (const component of task.components) {
       const { name } = component;
-      saveComponent(
-        lieAtTop.includes(name) ? temporary : join(temporary, name),
-        saved(component, ema?.weights),
-      );
+      saveComponent(lieAtTop.includes(name) ? temporary : join(temporary, name), saved(component, averages));
     }
     copyFileSync(stateFile(checkpoint), join(temporary, 'run.json'));
     if (ipAdapter)

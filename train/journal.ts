@@ -13,11 +13,11 @@ import { promptsOf } from './run/preview_prompts.ts';
 import type { Session } from './session.ts';
 import type { Made } from './update.ts';
 
-export function openJournal({ run, task, ema, device, total }: Session, report: Report) {
+export function openJournal({ run, task, averages, device, total }: Session, report: Report) {
   const events = openEventFile(join(run.output, 'tensorboard'));
   let [since, seen, rate] = [performance.now(), 0, Number.NaN];
   const preview = async (step: number, stop: Stop): Promise<void> => {
-    const pictures = await task.preview(ema?.weights, stop);
+    const pictures = await task.preview(averages, stop);
     if (pictures.length === 0) return;
     const sheet = await writePreviews(run.output, step, pictures, promptsOf(run.previews));
     const { path, width, height } = sheet;

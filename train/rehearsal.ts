@@ -24,7 +24,7 @@ export function estimate(
   rehearseUpdate(session, devices);
   const { samples } = session.run.validation;
   if (samples > 0) measuredLoss(session, largestPass(session, samples));
-  session.task.rehearsePreviews?.(session.ema?.weights);
+  session.task.rehearsePreviews?.(session.averages);
   const sizes = (parameters: Iterable<Parameter>) => [...parameters].reduce((sum, { size }) => sum + size, 0);
   const all = session.task.components.flatMap(({ parameters }) => [...parameters.values()]);
   session.release();

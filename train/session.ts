@@ -29,6 +29,8 @@ export interface Session extends Materials {
   passes: Replicas;
   optimizer: Optimizer;
   ema: Ema | undefined;
+  /** What is drawn with, measured and finished, where it is other than the weights that are trained: moving averages, or the optimizer's. */
+  averages: ReadonlyMap<string, Tensor> | undefined;
   release(): void;
 }
 
@@ -75,6 +77,7 @@ function startSession(
     passes,
     optimizer,
     ema: average,
+    averages: optimizer.averages ?? average?.weights,
     release() {
       passes.release();
       task.release();
@@ -124,7 +127,8 @@ export function resumeSession(session: Session, checkpoint: string): Position {
   for (const component of task.components) {
     const { name } = component;
     const own = (key: string) => parameters.get(`${name}.${key}`) as Parameter;
-    loadTrained(component, join(checkpoint, name), (key) => own(key).tensor);
+    const saved = (key: string) => optimizer.averages?.get(`${name}.${key}`) ?? own(key).tensor;
+    loadTrained(component, join(checkpoint, name), saved);
     if (ema)
       loadTrained(
         component,
@@ -132,7 +136,7 @@ export function resumeSession(session: Session, checkpoint: string): Position {
         (key) => ema.weights.get(`${name}.${key}`) as Tensor,
       );
   }
-  passes.broadcast();
   loadTensors(join(checkpoint, 'optimizer.safetensors'), optimizer.state);
+  passes.broadcast();
   return { step: state.step, epoch: state.epoch, update: state.update };
 }

@@ -224,7 +224,7 @@ function gaveUp({ skipped }: Made, { failures, position: { step }, folder }: Sta
 function save({ run, task, pictures, optimizer, ema }: Session, at: Standing): void {
   const components = task.components.map(
     (component): TrainedComponent => ({
-      ...saved(component),
+      ...saved(component, optimizer.averages),
       ema: ema && saved(component, ema.weights).weights,
     }),
   );

@@ -28,5 +28,5 @@ export async function validationLoss(session: Session): Promise<number> {
 }
 
 /** The loss of a pass from which nothing is learnt. */
-export const measuredLoss = ({ task, ema, device }: Session, inputs: PassInputs): number =>
-  noGrad(() => scope(() => task.loss(place(undropped(inputs), device), ema?.weights).floats()[0]));
+export const measuredLoss = ({ task, averages, device }: Session, inputs: PassInputs): number =>
+  noGrad(() => scope(() => task.loss(place(undropped(inputs), device), averages).floats()[0]));

@@ -84,4 +84,5 @@ export const optimizerPlans: readonly (readonly [string, Plan])[] = [
   measurePlan('prodigy', 'prodigy_moments', 'ppppppppiiifffffff', 2),
   single('prodigy', 'prodigy_d_forward', () => 1, 1),
   stepPlan('prodigy', 'prodigy', 'pppppifffiiii'),
+  stepPlan('schedule_free', 'schedule_free', 'pppppifffffffff'),
 ];

@@ -13,7 +13,7 @@ const gpu = openVirtualGpu();
 const devices = { gpu: cudaDevice(gpu), reference: openDevice('reference') };
 const launches: Record<string, number> = {
   adamw: 2, // moments in float32, and in bfloat16
-  ...{ lion: 1, ema: 1, adamw_8bit: 1, sum_squares: 2, prodigy_moments: 2, prodigy: 1 },
+  ...{ lion: 1, ema: 1, adamw_8bit: 1, sum_squares: 2, prodigy_moments: 2, prodigy: 1, schedule_free: 1 },
   adafactor: 5 + 3 + 3, // linear layers, convolutions, vectors
 };
 

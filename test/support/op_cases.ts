@@ -23,6 +23,7 @@ import '../../engine/ops/q8.ts';
 import '../../engine/ops/prodigy.ts';
 import '../../engine/ops/random.ts';
 import '../../engine/ops/reduce.ts';
+import '../../engine/ops/schedule_free.ts';
 import '../../engine/ops/timestep_embedding.ts';
 import '../../engine/ops/unary.ts';
 import '../../engine/ops/weight_norm.ts';

@@ -64,6 +64,12 @@ test('two devices end in the bytes of one, whatever is trained, and resume on on
       optimizer: { lr: 1e-3, text_encoder_lr: 1e-4 },
     },
     prodigy: { train: { parts: ['attn2', 'time_'] }, optimizer: { name: 'prodigy', lr: 1 } },
+    'schedule-free': {
+      dtype: 'bfloat16',
+      train: { parts: ['attn2'] },
+      optimizer: { name: 'adamw_schedule_free', lr: 1e-3 },
+      ...{ lr_scheduler: {}, ema: {} },
+    },
     vae: { train: { target: 'vae' } },
     controlnet: { ...control, train: { target: 'controlnet', gradient_checkpointing: true } },
     t2i_adapter: { ...control, train: { target: 't2i_adapter' }, controlnet: {} },

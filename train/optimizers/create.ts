@@ -6,9 +6,10 @@ import { adamw8bit } from './adamw_8bit.ts';
 import { lion } from './lion.ts';
 import { type ProdigyOptions, prodigy } from './prodigy.ts';
 import { type JointRule, type Optimizer, optimize, type Rule } from './rule.ts';
+import { type ScheduleFreeOptions, scheduleFree } from './schedule_free.ts';
 
-export interface OptimizerSettings extends ProdigyOptions {
-  name: 'adamw' | 'adafactor' | 'adamw8bit' | 'lion' | 'prodigy';
+export interface OptimizerSettings extends ProdigyOptions, ScheduleFreeOptions {
+  name: 'adamw' | 'adafactor' | 'adamw8bit' | 'adamw_schedule_free' | 'lion' | 'prodigy';
   betas: readonly [number, number];
   eps: number;
   /** What AdamW's moments are kept in; bfloat16 ones are rounded up or down at random. */
@@ -26,6 +27,7 @@ const rules: Record<OptimizerSettings['name'], (settings: OptimizerSettings) => 
   adamw,
   adafactor,
   adamw8bit,
+  adamw_schedule_free: scheduleFree,
   lion,
   prodigy,
 };

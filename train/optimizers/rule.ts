@@ -23,7 +23,12 @@ export type StepContext = StepAttrs & { step: number };
 
 interface Kept {
   /** What is kept for a parameter, by the names that torch or transformers give; 'weight' is a copy of what it was at the start. */
-  slots(parameter: Parameter): Record<string, Slot | 'weight'>;
+  slots(parameter: Parameter): Record<string, Slot | 'weight' | 'float32 weight'>;
+  /**
+   * The slot that has the model, where gradients are taken at other weights than it has. These are then made of the slots at each step,
+   * so that they need no master.
+   */
+  readonly averages?: string;
 }
 
 export interface Rule extends Kept {
@@ -42,8 +47,8 @@ export interface Move {
 export interface JointRule extends Kept {
   /** Numbers kept beside the slots, by name, as they are at the start. */
   readonly shared: Record<string, readonly number[]>;
-  /** Moves the parameters at the configured rate `lr`; returns the one that it finds. The parameters' own rates are not heeded. */
-  stepAll(moves: readonly Move[], shared: Slots, lr: number): number;
+  /** Moves the parameters, `lr` being the configured rate; returns the one that it finds, if it finds one. */
+  stepAll(moves: readonly Move[], shared: Slots, lr: number): number | undefined;
 }
 
 export interface Stepped {
@@ -56,9 +61,12 @@ export interface Stepped {
 export interface Optimizer {
   /**
    * Every tensor that must be saved and loaded (uploaded into) to go on bit for bit: `step`, what a rule keeps for all parameters,
-   * `<slot>.<parameter>` and, where there are masters, `master.<parameter>`.
+   * `<slot>.<parameter>` and, where there are masters, `master.<parameter>`. Where there are averages, these are saved as the weights,
+   * and the weights here as `weight.<parameter>`.
    */
   readonly state: ReadonlyMap<string, Tensor>;
+  /** By parameter, what is drawn with and saved, where that is not the weights themselves. */
+  readonly averages?: ReadonlyMap<string, Tensor>;
   /** Updates every parameter that has a gradient. `gradientScale` multiplies all gradients first. */
   step(lr: number, gradientScale?: number): Stepped;
   /** Begins an update in which parameters move as their gradients are given. Not by a joint rule. */
@@ -103,7 +111,12 @@ function startOptimizer(
     const rounds = kept.some(({ dtype }) => dtype === 'bfloat16');
     return { name, parameter, master, slots, rounds, factor: lrFactor(name) };
   });
-  const state = new Map([['step', counter], ...Object.entries(shared), ...items.flatMap(stateOf)]);
+  const { averages } = rule;
+  const state = new Map([
+    ['step', counter],
+    ...Object.entries(shared),
+    ...items.flatMap((item) => stateOf(item, averages)),
+  ]);
   const begin = (lr: number, gradientScale = 1) => {
     const step = counter.floats()[0] + 1;
     counter.upload(new Uint8Array(Int32Array.of(step).buffer));
@@ -119,6 +132,7 @@ function startOptimizer(
   };
   return {
     state,
+    averages: averages ? new Map(items.map(({ name, slots }) => [name, slots[averages]])) : undefined,
     begin,
     step(lr, gradientScale) {
       const { made, move } = begin(lr, gradientScale);
@@ -130,7 +144,11 @@ function startOptimizer(
       return weight;
     },
     release() {
-      for (const t of state.values()) t.release();
+      const own = items.flatMap(({ master, slots }) => [
+        ...(master ? [master] : []),
+        ...Object.values(slots),
+      ]);
+      for (const t of [counter, ...Object.values(shared), ...own]) t.release();
     },
   };
 }
@@ -145,10 +163,11 @@ const sharedBy = (rule: Rule | JointRule, { device }: Tensor): Slots =>
   );
 
 /** What is kept for a parameter, by the names of an optimizer's state. */
-const stateOf = ({ name, master, slots }: Item): [string, Tensor][] => [
-  ...(master ? [[`master.${name}`, master] as [string, Tensor]] : []),
-  ...Object.entries(slots).map(([slot, kept]): [string, Tensor] => [`${slot}.${name}`, kept]),
-];
+function stateOf({ name, parameter, master, slots }: Item, averages: string | undefined): [string, Tensor][] {
+  const { [averages ?? '']: saved, ...own } = slots;
+  const kept = { ...(saved && { weight: parameter.tensor }), ...(master && { master }), ...own };
+  return Object.entries(kept).map(([slot, tensor]) => [`${slot}.${name}`, tensor]);
+}
 
 /** Of the parameters those that have a gradient. `lr` is that of one with no factor, and `seed` keys how each is rounded. */
 function movesOf(
@@ -184,10 +203,14 @@ function keptFor(
   stochastic_rounding: boolean,
 ): Pick<Item, 'master' | 'slots'> {
   const { tensor } = parameter;
-  const master = tensor.dtype !== 'float32' && !stochastic_rounding ? copyOf(tensor, 'float32') : undefined;
+  const needs = tensor.dtype !== 'float32' && !stochastic_rounding && !rule.averages;
+  const master = needs ? copyOf(tensor, 'float32') : undefined;
   const slots: Slots = {};
   for (const [slot, kind] of Object.entries(rule.slots(parameter)))
-    slots[slot] = kind === 'weight' ? copyOf(tensor) : emptySlot(tensor, kind);
+    slots[slot] =
+      typeof kind === 'string'
+        ? copyOf(tensor, kind === 'weight' ? undefined : 'float32')
+        : emptySlot(tensor, kind);
   return { master, slots };
 }
 

@@ -172,7 +172,7 @@ export const fields: Fields<Run> = {
   esd: { negative_guidance: number(1, { min: 0 }) },
   vae_objective: { l1: number(1, { min: 0 }), mse: number(1, { min: 0 }), kl: number(1e-4, { min: 0 }) },
   optimizer: {
-    name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'lion', 'prodigy'),
+    name: choice('adamw', 'adamw', 'adafactor', 'adamw8bit', 'adamw_schedule_free', 'lion', 'prodigy'),
     lr: number(1e-5, { min: 0 }),
     text_encoder_lr: oneOrMore(0, number(0, { min: 0 }), 2),
     block_lr: list([], number(0, { min: 0 })),
@@ -188,6 +188,8 @@ export const fields: Fields<Run> = {
     growth_rate: number(0, { min: 0 }),
     use_bias_correction: flag(false),
     safeguard_warmup: flag(false),
+    r: number(0, { min: 0 }),
+    weight_lr_power: number(2, { min: 0 }),
     stochastic_rounding: flag(false),
     max_grad_norm: number(1, { min: 0 }),
   },

@@ -34,6 +34,7 @@ export function refuseOptimizer(run: Run, where: string): void {
   refuseSchedule(run, where);
   refuseBlockRates(run, where);
   refuseRates(run, where);
+  refuseScheduleFree(run, where);
   refuseFused(run, where);
 }
 
@@ -120,12 +121,37 @@ function refuseRates({ optimizer, train, lora }: Run, where: string): void {
     );
 }
 
+/** What Schedule-Free AdamW does itself, or cannot have done to the three points that it goes by. */
+function refuseScheduleFree({ optimizer, lr_scheduler: { name }, ema, lora }: Run, where: string): void {
+  if (optimizer.name !== 'adamw_schedule_free') return;
+  if (name !== 'constant' && name !== 'constant_with_warmup')
+    throw new UserError(
+      `${where}: "lr_scheduler.name" "${name}" changes the learning rate as it goes, in whose place Schedule-Free AdamW has its mean of the weights; set it to "constant" or "constant_with_warmup"`,
+    );
+  if (ema.decay > 0)
+    throw new UserError(
+      `${where}: "ema.decay" keeps a moving average, and Schedule-Free AdamW draws and saves a mean of its own; leave it out`,
+    );
+  if (optimizer.stochastic_rounding)
+    throw new UserError(
+      `${where}: "optimizer.stochastic_rounding" is in the place of float32 masters, and Schedule-Free AdamW keeps none; leave it out`,
+    );
+  if (lora.scale_weight_norms > 0)
+    throw new UserError(
+      `${where}: "lora.scale_weight_norms" shrinks weights behind an update, which Schedule-Free AdamW makes anew of other points; leave it out, or take another "optimizer.name"`,
+    );
+}
+
 /** Gradients that are gone at once can be neither added to nor looked at together. */
 function refuseFused({ train, optimizer, gradient_accumulation_steps }: Run, where: string): void {
   if (!train.fused_backward_pass) return;
   if (optimizer.name === 'prodigy')
     throw new UserError(
       `${where}: "train.fused_backward_pass" moves weights one after the other, and Prodigy all by one number that hangs on every gradient; leave it out, or take another "optimizer.name"`,
+    );
+  if (optimizer.name === 'adamw_schedule_free')
+    throw new UserError(
+      `${where}: "train.fused_backward_pass" moves weights one after the other, and Schedule-Free AdamW moves all at once; leave it out, or take another "optimizer.name"`,
     );
   if (gradient_accumulation_steps > 1)
     throw new UserError(

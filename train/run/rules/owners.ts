@@ -75,6 +75,7 @@ const owned: readonly Owned[] = [
   // Moments' betas and eps may stay: most optimizers have them, and a run may be tried with one or another.
   row('optimizer', /^(clip_threshold|decay_rate)$/, 'Adafactor', 'optimizer.name', 'adafactor'),
   row('optimizer', ofProdigy, 'Prodigy', 'optimizer.name', 'prodigy'),
+  row('optimizer', /^(r|weight_lr_power)$/, 'Schedule-Free AdamW', 'optimizer.name', 'adamw_schedule_free'),
 ];
 
 /** What is another's in a run. */
