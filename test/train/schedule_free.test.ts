@@ -88,6 +88,7 @@ for (const on of [device, openDevice('reference')])
   for (const [r, weight_lr_power] of [
     [0, 2],
     [1.5, 0.5],
+    [0, 0],
   ])
     test(`all three points, ${on.name}, r ${r}, weight_lr_power ${weight_lr_power}`, (t) => {
       const before = on.memory.storages;

@@ -27,8 +27,8 @@ export const scheduleFree = ({ betas, eps, r, weight_lr_power }: ScheduleFreeOpt
     const most = Math.max(before, Math.fround(lr));
     const { step } = moves[0].context;
     const last = sum * ((step - 1) / step) ** r * (before / most) ** weight_lr_power;
-    // Where no rate has been above 0 yet, nothing counts.
-    const next = most > 0 ? 1 + (sum > 0 ? last : 0) : 0;
+    // Where no rate has been above 0 yet, nothing counts, but that 0 to the power of 0 is 1.
+    const next = most > 0 || weight_lr_power === 0 ? 1 + (sum > 0 ? last : 0) : 0;
     state.set([most, next]);
     const rate = next > 0 ? 1 / next : 0;
     update(
