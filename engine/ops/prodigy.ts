@@ -160,16 +160,16 @@ const prodigyOp = defineOp<ProdigyAttrs>({
     const { dlr, weightDecay, eps } = attrs;
     const tensors = [t.weight, t.master, t.exp_avg, t.exp_avg_sq, t.d];
     launch('prodigy_forward', [
-      ...[...tensors, t.weight.size, 1 - dlr * weightDecay, dlr, eps],
+      ...[...tensors, t.weight.size, dlr * weightDecay, dlr, eps],
       ...roundingArguments(attrs),
     ]);
   },
   reference: {
     forward(t, attrs) {
       const { dlr, weightDecay, eps } = attrs;
-      const [m, v, d] = [t.exp_avg.data, t.exp_avg_sq.data, t.d.data[0]];
-      const step = (w: number, i: number) =>
-        w * (1 - dlr * weightDecay) - (dlr * m[i]) / (Math.sqrt(v[i]) + d * eps);
+      const [m, v, [d, , , steps]] = [t.exp_avg.data, t.exp_avg_sq.data, t.d.data];
+      const decay = steps > 0 ? dlr * weightDecay : 0;
+      const step = (w: number, i: number) => w * (1 - decay) - (dlr * m[i]) / (Math.sqrt(v[i]) + d * eps);
       setWeights(t, attrs, step);
     },
   },
@@ -180,7 +180,7 @@ const prodigyOp = defineOp<ProdigyAttrs>({
   }),
 });
 
-/** Moves a weight by its moments; of `d`, as prodigyD has left it, the first number is read. */
+/** Moves a weight by its moments; `d` is as prodigyD has left it. Where no gradient has been anything but zero, the weight stays. */
 export const prodigyStep = (
   tensors: Omit<StepInputs, 'gradient'> & { exp_avg: Tensor; exp_avg_sq: Tensor; d: Tensor },
   attrs: ProdigyAttrs,

@@ -84,10 +84,11 @@ KERNEL(prodigy_rows)(const ProdigyRow *rows, const int *first_chunk, int count) 
   each_row_pack(rows, first_chunk, count, [](const ProdigyRow &row, uint32_t i, int count) {
     const Weights weights = weights_of(row);
     const Pack m = load(row.exp_avg + i, count), v = load(row.exp_avg_sq + i, count);
-    const float least = row.d[0] * row.eps;
+    // Until a gradient has been anything but zero, weights stay as they are.
+    const float least = row.d[0] * row.eps, decay = row.d[3] > 0 ? row.decay : 0;
     Pack w = weights.read(i, count);
 #pragma unroll
-    for (int j = 0; j < PACK; j++) w.at[j] = w.at[j] * row.decay - row.dlr * (m.at[j] / (sqrtf(v.at[j]) + least));
+    for (int j = 0; j < PACK; j++) w.at[j] -= decay * w.at[j] + row.dlr * (m.at[j] / (sqrtf(v.at[j]) + least));
     weights.write(i, w, count);
   });
 }
