@@ -2,6 +2,7 @@
 // is stored in a type that nothing computes with (8-bit floats, ggml's blocks) is decoded on its way, a piece at a time, so that no more
 // lies in memory than the tensor itself.
 import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
+import { resolve } from 'node:path';
 import { bytesPerElement, type DType } from './dtype.ts';
 import { UserError } from './errors.ts';
 import { assertFile, asUserError, largestTransfer } from './files.ts';
@@ -41,6 +42,8 @@ export interface TensorFile {
   /** In the order of the file. */
   tensors: ReadonlyMap<string, TensorInfo>;
   metadata: Record<string, string>;
+  /** Another as soon as another file is there, or this one is written again; empty of what lies in memory. */
+  stamp: string;
   /** The tensor's elements in `dtype`, in fresh memory or in `room`. @throws UserError for an absent tensor or unsupported type */
   read(name: string, room?: Room): Uint8Array;
   /** As `read`, into `target`, which is exactly as long as the tensor. */
@@ -76,14 +79,16 @@ export function openTensorFile(
     if (assertFile(path).isDirectory())
       throw new UserError(`${path} is a folder: give the path of a ${kind} file`);
     fd = openSync(path, 'r');
-    return tensorFile(path, fd, readHeader(path, fd, fstatSync(fd).size));
+    const { size, ino, mtimeNs, ctimeNs } = fstatSync(fd, { bigint: true });
+    const stamp = [resolve(path), size, ino, mtimeNs, ctimeNs].join(' ');
+    return tensorFile(path, fd, stamp, readHeader(path, fd, Number(size)));
   } catch (error) {
     if (fd !== undefined) closeSync(fd);
     throw asUserError(error, path);
   }
 }
 
-function tensorFile(path: string, fd: number, header: Header): TensorFile {
+function tensorFile(path: string, fd: number, stamp: string, header: Header): TensorFile {
   let open = true;
   const find = (name: string): TensorInfo & { type: StoredType } => {
     if (!open) throw new Error(`${path} is closed`);
@@ -103,6 +108,7 @@ function tensorFile(path: string, fd: number, header: Header): TensorFile {
   };
   return {
     path,
+    stamp,
     ...header,
     readInto,
     read: (name, room = (bytes) => new Uint8Array(bytes)) => {

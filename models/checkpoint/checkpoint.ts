@@ -22,6 +22,8 @@ export interface ModelSource {
   /** Where a component's files lie, all of them its own; a tokenizer's may be another model's. @throws UserError where it has no folder */
   folder(component: string): string;
   weights(component: string): WeightSource;
+  /** Changes whenever `load` may give other weights, and reads none; undefined where nobody can tell, as of a UNet. */
+  stamp?(component: string): string | undefined;
   load(component: string, module: AnyModule, device: Device, dtype: FloatDType): void;
 }
 
@@ -97,6 +99,12 @@ export const loneSource = (
 /** A source whose components are loaded from what `weights` gives. */
 export const loading = <S extends Omit<ModelSource, 'load'>>(source: S): S & ModelSource => ({
   ...source,
+  stamp(component) {
+    if (component === 'unet') return undefined; // training begins with others in its place
+    const weights = source.weights(component);
+    weights.close();
+    return weights.stamp;
+  },
   load: (component, module, device, dtype) => loadAndClose(module, source.weights(component), device, dtype),
 });
 

@@ -21,6 +21,8 @@ export interface WeightSource {
   /** What error messages call it. */
   readonly where: string;
   readonly names: readonly string[];
+  /** Changes with the files that all of it comes from; absent where it comes of more than them. */
+  readonly stamp?: string;
   info(name: string): WeightInfo | undefined;
   floats(name: string): Float32Array;
   /** In fresh memory, or in `room` where that saves a copy. */
@@ -48,6 +50,7 @@ export function sourceOf(where: string, files: readonly TensorFile[]): WeightSou
   return {
     where,
     names: [...holder.keys()],
+    stamp: files.map(({ stamp }) => stamp).join('\n'),
     info: (name) => holder.get(name)?.tensors.get(name),
     floats(name) {
       const file = fileOf(name);

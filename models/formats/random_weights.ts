@@ -40,6 +40,7 @@ export function randomModel(
     weights() {
       throw new Error('random weights are made as they are loaded');
     },
+    stamp: (component) => JSON.stringify([component, seed, preset]),
     load(component, module, device, dtype) {
       const at = components.indexOf(component as (typeof components)[number]);
       randomise(module, initOf(component, preset), seed * components.length + at, device, dtype);

@@ -167,6 +167,7 @@ export function translated(file: TensorFile, origin: (key: string) => Origin): W
   return {
     where: file.path,
     names: [],
+    stamp: file.stamp,
     info(key) {
       const found = find(key);
       return found && { ...found.stored, shape: found.shape };

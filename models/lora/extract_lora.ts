@@ -236,6 +236,7 @@ function inMemory(path: string, made: readonly Made[]): TensorFile {
     path,
     tensors,
     metadata: {},
+    stamp: '',
     read: stored,
     readInto: (name, target) => target.set(stored(name)),
     stored,

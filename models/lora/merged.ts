@@ -106,6 +106,7 @@ function merging(
   };
   return {
     ...weights,
+    stamp: undefined,
     info,
     bytes,
     floats: (name) =>

@@ -17,6 +17,7 @@ import { openPictures, viewIn } from '../../train/pictures/pictures.ts';
 import type { Run } from '../../train/run/run.ts';
 import { numbers } from './controlnet_golden.ts';
 import { goldenLines, permuted } from './golden.ts';
+import { loaded } from './loaded.ts';
 import { device, folder, silent } from './small_runs.ts';
 
 interface Drawing {
@@ -46,7 +47,7 @@ export async function gradients(t: Test, name: string, { own, model, shown, cont
   const views = [0, 1].map((i) => viewIn(0, i, pictures, own));
   const { vae } = pipeline;
   if (!vae.posterior) throw new Error('the golden model has a VAE');
-  const cache = momentsCache(join(folder, `${name}-cache`), vae, shown);
+  const cache = momentsCache(join(folder, `${name}-cache`), vae, loaded([vae.module, vae.config]), shown);
   t.equal(await cache.fill(views), 2);
   t.equal(await cache.fill(views), 0);
   // Next to no variance: the posterior's mode.

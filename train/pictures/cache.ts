@@ -10,13 +10,16 @@ import type { Picture } from '../../io/pixels.ts';
 import type { ResizeFilter } from '../../io/resize.ts';
 import { mostThreads } from '../../io/threads.ts';
 import type { VisionEncoder } from '../../models/ip_adapter/clip_vision.ts';
-import { encodePrompts, type TextStack } from '../../models/text/conditioning.ts';
+import type { Pipeline } from '../../models/pipeline.ts';
+import { encodePrompt } from '../../models/prompts.ts';
+import { encodePrompts, type PromptEmbeds, type TextStack } from '../../models/text/conditioning.ts';
 import { type LatentScale, samplePosterior, scaleLatents, toDevice } from '../../models/vae/latents.ts';
 import type { Vae } from '../../models/vae/vae.ts';
 import { grouped, slices } from '../data/batches.ts';
 import { draws } from '../data/draws.ts';
 import { readUnchanged, type Sample } from '../data/survey.ts';
-import { entryPath, modelHash, readEntry, withoutEntry, writeEntry } from './cache_entries.ts';
+import { entryPath, readEntry, withoutEntry, writeEntry } from './cache_entries.ts';
+import type { Frozen } from './frozen.ts';
 import type { Geometry, Reading } from './picture.ts';
 import { readPixelsAside } from './pixel_threads.ts';
 
@@ -94,14 +97,20 @@ export interface Cache<Subject, Value> {
   read(subject: Subject): Value;
 }
 
-/** The VAE works in the type of its weights; it may be unloaded when all is filled. */
-export function momentsCache(folder: string, vae: Vae, shown: Shown): Cache<View, PictureMoments> {
-  const encoder = modelHash(vae.module, vae.config);
+/** The VAE, which is that of `weights`, works in their type; it may be unloaded when all is filled. */
+export function momentsCache(
+  folder: string,
+  vae: Vae,
+  weights: Frozen,
+  shown: Shown,
+): Cache<View, PictureMoments> {
+  const [encoder] = weights.hashes;
   const pathOf = (view: View) => entryPath(folder, 'moments', { ...shown.nameOf(view), encoder });
   return {
     read: (view) => readEntry(pathOf(view), ['mean', 'logvar'], view.sample.id),
     async fill(views, onProgress) {
       const missing = withoutEntry(views, pathOf);
+      if (missing.length > 0) weights.load();
       const batches = equalSizes(missing.map(([, view]) => view));
       const ahead: Promise<Float32Array[]>[] = [];
       const { abort, signal, heard } = leaving(() => onProgress?.(done, missing.length));
@@ -199,10 +208,10 @@ export interface TextCache extends Cache<string | undefined, TextEmbeddings> {
 
 /**
  * A caption left away (undefined) is the model's own unconditional: zeros, or the embeddings of an empty text where
- * `stack.forceZeros` is false. `configs` are the encoders' in their order: entries depend on them as on the weights.
+ * `stack.forceZeros` is false. The encoders are those of `weights`.
  */
-export function textCache(folder: string, stack: TextStack, configs: readonly unknown[]): TextCache {
-  const encoders = stack.encoders.map(({ encoder }, i) => modelHash(encoder, configs[i]));
+export function textCache(folder: string, stack: TextStack, weights: Frozen): TextCache {
+  const { hashes: encoders } = weights;
   const tokensOf = (text: string) =>
     stack.encoders.map(({ tokenizer }) => tokenizer.encode(text, stack.chunks));
   const pathOf = (text: string) =>
@@ -219,6 +228,7 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
     async fill(texts, onProgress) {
       // The empty text is always there: what is left away takes at least its shape.
       const missing = withoutEntry(['', ...texts.map((text) => text ?? '')], pathOf);
+      if (missing.length > 0) weights.load();
       let done = 0;
       for (const batch of slices(missing, captionsAtOnce)) {
         encodeTexts(
@@ -235,6 +245,56 @@ export function textCache(folder: string, stack: TextStack, configs: readonly un
     },
   };
 }
+
+/** A preview's text, and what it is not to show. */
+export interface PromptPair {
+  prompt: string;
+  negative_prompt?: string;
+}
+
+/** The same of prompts by themselves, each in a pass of its own, as sampling reads them. */
+export function promptCache(
+  folder: string,
+  pipeline: Pipeline,
+  weights: Frozen,
+): Cache<PromptPair, PromptEmbeds> {
+  const { encoders, chunks, forceZeros } = pipeline.text;
+  const tokensOf = (text: string) => encoders.map(({ tokenizer }) => [...tokenizer.encode(text, chunks).ids]);
+  const pathOf = ({ prompt, negative_prompt: negative }: PromptPair) =>
+    entryPath(folder, 'prompts', {
+      ...{ tokens: tokensOf(prompt), negative: negative === undefined ? negative : tokensOf(negative) },
+      ...{ forceZeros, encoders: weights.hashes },
+    });
+  return {
+    read(asked) {
+      const entry = readEntry(pathOf(asked), promptParts, `"${asked.prompt}"`);
+      const width = pipeline.unetConfig.cross_attention_dim;
+      const embeds = promptParts.map((name) => {
+        const { length } = entry[name];
+        const shape = name.includes('pooled') ? [1, length] : [1, length / width, width];
+        return [name, { shape, data: entry[name] }];
+      });
+      return Object.fromEntries(embeds) as Required<PromptEmbeds>;
+    },
+    async fill(prompts) {
+      const missing = withoutEntry(prompts, pathOf);
+      if (missing.length > 0) weights.load();
+      for (const [path, asked] of missing) {
+        const embeds = encodePrompt(pipeline, asked);
+        const values = Object.fromEntries(promptParts.map((name) => [name, embeds[name].data]));
+        writeEntry(path, values, `the text encoders' embeddings of "${asked.prompt}"`);
+      }
+      return missing.length;
+    },
+  };
+}
+
+const promptParts = [
+  'prompt_embeds',
+  'pooled_prompt_embeds',
+  'negative_prompt_embeds',
+  'negative_pooled_prompt_embeds',
+] as const;
 
 /** Captions through the encoders, in the type of their weights. */
 export function encodeTexts(stack: TextStack, texts: readonly string[]): TextEmbeddings[] {
@@ -256,9 +316,10 @@ export function encodeTexts(stack: TextStack, texts: readonly string[]): TextEmb
 export function imageCache(
   folder: string,
   encoder: VisionEncoder,
+  weights: Frozen,
   wanted: Said,
 ): Cache<Sample | undefined, Float32Array> {
-  const hash = modelHash(encoder, encoder.config);
+  const [hash] = weights.hashes;
   const pathOf = (sample: Sample | undefined) =>
     entryPath(folder, 'images', { picture: sample?.hash ?? '', encoder: hash, wanted });
   const nameOf = (sample: Sample | undefined) => sample?.id ?? 'no picture';
@@ -266,6 +327,7 @@ export function imageCache(
     read: (sample) => readEntry(pathOf(sample), ['said'], nameOf(sample)).said,
     async fill(samples, onProgress) {
       const missing = withoutEntry([undefined, ...samples], pathOf);
+      if (missing.length > 0) weights.load();
       let done = 0;
       for (const [path, sample] of missing) {
         const picture =

@@ -21,11 +21,16 @@ export function modelHash(module: AnyModule, config: unknown): string {
   return hash.digest('hex');
 }
 
-export function entryPath(folder: string, kind: string, dependsOn: object): string {
+export function entryPath(
+  folder: string,
+  kind: string,
+  dependsOn: object,
+  extension = 'safetensors',
+): string {
   const name = createHash('sha256')
     .update(JSON.stringify({ edition, ...dependsOn }))
     .digest('hex');
-  return join(folder, kind, name.slice(0, 2), `${name.slice(2, 40)}.safetensors`);
+  return join(folder, kind, name.slice(0, 2), `${name.slice(2, 40)}.${extension}`);
 }
 
 /** Of the subjects those that have no entry, each once, with its path. */

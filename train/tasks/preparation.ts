@@ -1,6 +1,7 @@
 // What the frozen models say, asked before anything that is trained is loaded: the VAE's moments of every picture, the text encoders'
-// embeddings of every caption (cache.ts), and those of the previews' prompts. Each model has the device to itself and is gone again when
-// it has answered, so that an update shares its memory with none of them: of SDXL's 2.2 GiB, and 3.3 that encoding takes.
+// embeddings of every caption and of the previews' prompts (cache.ts). A model that is asked what the cache has not (frozen.ts) has the
+// device to itself and is gone again when it has answered, so that an update shares its memory with none of them: of SDXL's 2.2 GiB,
+// and 3.3 that encoding takes.
 import { join } from 'node:path';
 import type { Device } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
@@ -8,6 +9,7 @@ import { unload } from '../../engine/module.ts';
 import { scope } from '../../engine/scope.ts';
 import { zeros } from '../../engine/tensor.ts';
 import type { ModelSource } from '../../models/checkpoint/checkpoint.ts';
+import { visionEncoder } from '../../models/ip_adapter/clip_vision.ts';
 import { type Part, textParts } from '../../models/load_options.ts';
 import { loadPipeline, type Pipeline } from '../../models/pipeline.ts';
 import { encodePrompt } from '../../models/prompts.ts';
@@ -16,7 +18,7 @@ import { mostChunks, type PromptEmbeds } from '../../models/text/conditioning.ts
 import { withPosterior } from '../../models/vae/autoencoder.ts';
 import { shownMasked } from '../controls/inpainting.ts';
 import { shownOriginal } from '../controls/instruct_pix2pix.ts';
-import { type IPAdapterBegin, openImageEncoder, saidFor } from '../controls/ip_adapter.ts';
+import { type IPAdapterBegin, openImageEncoder, saidFor, visionConfig } from '../controls/ip_adapter.ts';
 import { allCaptions } from '../data/caption.ts';
 import type { Sample } from '../data/survey.ts';
 import { trainedScheduler } from '../objective/objective.ts';
@@ -28,13 +30,16 @@ import {
   imageCache,
   momentsCache,
   type PictureMoments,
+  type PromptPair,
   picturesAtOnce,
+  promptCache,
   type Shown,
   shownPicture,
   type TextEmbeddings,
   textCache,
   type View,
 } from '../pictures/cache.ts';
+import { frozen } from '../pictures/frozen.ts';
 import { type Pictures, previewSize, viewsOf, withRejected } from '../pictures/pictures.ts';
 import { previewsOf } from '../run/preview_prompts.ts';
 import { type Run, trainsEdits, trainsTexts } from '../run/run.ts';
@@ -82,11 +87,8 @@ export function openParts(
   return pipeline;
 }
 
-const openVae = (subject: Subject, device: Device): Pipeline =>
-  openParts(subject, device, ['vae'], 'float32');
-
-const openTexts = (subject: Subject, device: Device): Pipeline =>
-  openParts(subject, device, textParts(subject.source));
+/** Of the VAE that makes the moments. */
+const VAE_DTYPE = 'float32';
 
 /** All captions, where they are encoded ahead. */
 const captionsOf = ({ run, pictures }: Subject): string[] | undefined =>
@@ -104,11 +106,11 @@ export async function prepare(
     report.progress(label, done, total);
     return !stop.asked;
   };
-  const encoded = await preparePictures(subject, openVae(subject, device), heard);
+  const encoded = await preparePictures(subject, device, heard);
   const captions = captionsOf(subject);
   const texts =
     captions && !stop.asked
-      ? await prepareTexts(subject, openTexts(subject, device), captions, report, heard('encoding captions'))
+      ? await prepareTexts(subject, device, captions, report, heard('encoding captions'))
       : undefined;
   const { ipAdapter } = subject;
   const images =
@@ -123,14 +125,17 @@ export async function prepare(
 type Heard = (done: number, total: number) => boolean;
 
 async function preparePictures(
-  { run, pictures, vaeSource }: Subject,
-  pipeline: Pipeline,
+  subject: Subject,
+  device: Device,
   heard: (label: string) => Heard,
 ): Promise<Pick<Prepared, 'moments' | 'beside'>> {
+  const { run, pictures, vaeSource: source } = subject;
+  const coder = withPosterior(openParts(subject, device, []).vae, source.path);
+  const part = { source, name: 'vae', module: coder.module, config: coder.config };
+  const weights = frozen(cacheFolder(run), [part], device, VAE_DTYPE);
   try {
     const { interpolation, alpha_mask } = run.dataset;
-    const coder = withPosterior(pipeline.vae, vaeSource.path);
-    const cacheOf = (shown: Shown) => momentsCache(cacheFolder(run), coder, shown);
+    const cacheOf = (shown: Shown) => momentsCache(cacheFolder(run), coder, weights, shown);
     const cache = cacheOf(shownPicture(interpolation, alpha_mask ? 'colours' : 'picture'));
     const views = viewsOf(pictures, run);
     await cache.fill(withRejected(views), heard('encoding pictures'));
@@ -140,29 +145,37 @@ async function preparePictures(
     await beside.fill(views, heard(edits ? 'encoding pictures before edits' : 'encoding masked pictures'));
     return { moments: cache.read, beside: beside.read };
   } finally {
-    pipeline.release();
+    weights.release();
   }
 }
 
 async function prepareTexts(
   subject: Subject,
-  pipeline: Pipeline,
+  device: Device,
   captions: readonly string[],
   report: Report,
   heard: Heard,
 ): Promise<PreparedTexts> {
   const { run, source } = subject;
+  const pipeline = openParts(subject, device, []);
+  const { encoders } = pipeline.text;
+  const parts = textParts(source).map((name, i) => {
+    return { source, name, module: encoders[i].encoder, config: source.config(name) };
+  });
+  const weights = frozen(cacheFolder(run), parts, device, run.dtype);
   try {
-    const configs = textParts(source).map((name) => source.config(name));
-    const cache = textCache(cacheFolder(run), pipeline.text, configs);
+    const cache = textCache(cacheFolder(run), pipeline.text, weights);
     await cache.fill(captions, heard);
     for (const text of cache.tooLong(captions))
       report.line(
         `the end of this caption is not seen, it has more tokens than dataset.max_token_length: "${text}"`,
       );
-    return { read: cache.read, previews: previewEmbeds(subject, pipeline) };
+    const prompts = promptCache(cacheFolder(run), pipeline, weights);
+    const asked = previewPrompts(subject);
+    await prompts.fill(asked);
+    return { read: cache.read, previews: asked.map(prompts.read) };
   } finally {
-    pipeline.release();
+    weights.release();
   }
 }
 
@@ -172,31 +185,32 @@ async function prepareImages(
   device: Device,
   heard: Heard,
 ): Promise<NonNullable<Prepared['images']>> {
-  const encoder = openImageEncoder(begin, device, run.dtype);
+  const encoder = visionEncoder(visionConfig(begin));
+  const part = { source: begin.imageEncoder, name: 'image_encoder', module: encoder, config: encoder.config };
+  const weights = frozen(cacheFolder(run), [part], device, run.dtype);
   try {
-    const cache = imageCache(cacheFolder(run), encoder, saidFor(run, begin));
+    const cache = imageCache(cacheFolder(run), encoder, weights, saidFor(run, begin));
     await cache.fill(pictures.samples, heard);
     return cache.read;
   } finally {
-    unload(encoder);
+    weights.release();
   }
 }
 
 const cacheFolder = ({ dataset, output }: Run): string => dataset.cache || join(output, 'cache');
 
-/** What the previews' prompts are to the text encoders, and what they are not to show. */
-const previewEmbeds = ({ run }: Subject, pipeline: Pipeline): PromptEmbeds[] =>
-  previewsOf(run.previews, previewSize(run)).map(({ prompt, negative_prompt }) => {
-    const asked = { prompt, negative_prompt: negative_prompt || undefined };
-    const { truncated: _, ...embeds } = encodePrompt(pipeline, asked);
-    return embeds;
-  });
+/** What previews are to show, and what not. */
+const previewPrompts = ({ run }: Subject): PromptPair[] =>
+  previewsOf(run.previews, previewSize(run)).map(({ prompt, negative_prompt }) => ({
+    prompt,
+    negative_prompt: negative_prompt || undefined,
+  }));
 
 /** The most memory that this takes, done once on a device without numbers. */
 export function rehearse(subject: Subject, device: Device): Prepared {
   const { run, pictures } = subject;
   if (run.train.target === 'vae') return nothing;
-  const coder = openVae(subject, device);
+  const coder = openParts(subject, device, ['vae'], VAE_DTYPE);
   const [h, w] = pictures.buckets.reduce((a, b) => (b[0] * b[1] > a[0] * a[1] ? b : a));
   const shape = [picturesAtOnce(h, w, pictures.samples.length), h, w, 3];
   noGrad(() => scope(() => void withPosterior(coder.vae, '').encode(zeros(shape, { device }))));
@@ -210,9 +224,9 @@ export function rehearse(subject: Subject, device: Device): Prepared {
   const images = ipAdapter && nothing.moments;
   const captions = captionsOf(subject);
   if (!captions) return { ...nothing, images };
-  const encoders = openTexts(subject, device);
+  const encoders = openParts(subject, device, textParts(subject.source));
   encodeTexts(encoders.text, captions.slice(0, captionsAtOnce));
-  const previews = previewEmbeds(subject, encoders);
+  const previews = previewPrompts(subject).map((asked) => encodePrompt(encoders, asked));
   encoders.release();
   return { ...nothing, texts: { read: nothing.moments, previews }, images };
 }
