@@ -22,6 +22,8 @@ export interface Driver {
   /** Bytes of the device's memory. */
   room?(): { free: number; total: number };
   upload(block: Block, offset: number, source: Uint8Array): void;
+  /** Fills the first bytes of a block from an open file, from `position` on; false where they could not be read. */
+  read?(block: Block, bytes: number, fd: number, position: number): boolean;
   download(block: Block, offset: number, target: Uint8Array): void;
   /** Its queue as others of its kind see it, where tensors can go from one to another. */
   readonly exchange?: Exchange;

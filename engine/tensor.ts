@@ -114,6 +114,11 @@ export class Tensor {
     return this;
   }
 
+  /** Fills it with raw bytes of an open file, without a copy on the way; false where its device cannot, or the file could not be read. */
+  uploadFile(fd: number, position: number): boolean {
+    return this.device.driver.read?.(this.block, this.byteLength, fd, position) ?? false;
+  }
+
   /** Sets all elements to zero. */
   clear(): this {
     this.device.driver.clear(this.block, this.byteLength);

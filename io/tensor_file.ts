@@ -37,6 +37,12 @@ export interface TensorInfo {
 /** Memory for so many bytes. */
 export type Room = (bytes: number) => Uint8Array;
 
+/** A place in an open file. */
+export interface FilePlace {
+  fd: number;
+  offset: number;
+}
+
 export interface TensorFile {
   path: string;
   /** In the order of the file. */
@@ -46,6 +52,8 @@ export interface TensorFile {
   stamp: string;
   /** The tensor's elements in `dtype`, in fresh memory or in `room`. @throws UserError for an absent tensor or unsupported type */
   read(name: string, room?: Room): Uint8Array;
+  /** Where what `read` gives lies as it is; undefined where it is made of what lies there. */
+  inFile?(name: string): FilePlace | undefined;
   /** As `read`, into `target`, which is exactly as long as the tensor. */
   readInto(name: string, target: Uint8Array): void;
   /** The tensor's bytes as they lie in the file. */
@@ -60,6 +68,7 @@ export const renamed = (file: TensorFile, names: ReadonlyMap<string, string>): T
     ...file,
     tensors: new Map([...names].map(([key, name]) => [key, file.tensors.get(name) as TensorInfo])),
     read: (key, room) => file.read(nameOf(key), room),
+    inFile: (key) => file.inFile?.(nameOf(key)),
     stored: (key) => file.stored(nameOf(key)),
     readInto: (key, target) => file.readInto(nameOf(key), target),
   };
@@ -111,6 +120,10 @@ function tensorFile(path: string, fd: number, stamp: string, header: Header): Te
     stamp,
     ...header,
     readInto,
+    inFile(name) {
+      const { type, offset } = find(name);
+      return type.decode ? undefined : { fd, offset };
+    },
     read: (name, room = (bytes) => new Uint8Array(bytes)) => {
       const target = room(readBytes(find(name)));
       readInto(name, target);

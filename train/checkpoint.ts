@@ -15,7 +15,7 @@ import { isRecord, readJsonObject } from '../io/json.ts';
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../io/safetensors.ts';
 import { openWeights } from '../models/checkpoint/checkpoint.ts';
 import { type SavedComponent, saveComponent, writeJson } from '../models/checkpoint/save.ts';
-import { toMemoryLayout } from '../models/checkpoint/weights.ts';
+import { filled, sourceOf, toMemoryLayout } from '../models/checkpoint/weights.ts';
 import { previewFolder } from './log/preview_files.ts';
 import { stepFolder, stepFolders } from './log/step_folders.ts';
 import type { Component } from './passes/task.ts';
@@ -120,14 +120,14 @@ export function readState(path: string): State {
 
 /** Fills tensors by name from a file of a checkpoint. @throws UserError when names or sizes differ */
 export function loadTensors(path: string, into: ReadonlyMap<string, Tensor>): void {
-  const file = openSafetensors(path);
+  const source = sourceOf(path, [openSafetensors(path)]);
   try {
     for (const [name, tensor] of into) {
-      requireFit(path, name, file.tensors.get(name), tensor);
-      tensor.upload(file.read(name));
+      requireFit(path, name, source.info(name), tensor);
+      filled(tensor, source, name);
     }
   } finally {
-    file.close();
+    source.close();
   }
 }
 
@@ -143,8 +143,8 @@ export function loadTrained(
       const { layout, shape } = parameters.get(key) as Parameter;
       const tensor = tensorOf(key);
       requireFit(folder, key, source.info(key), { dtype: tensor.dtype, shape });
-      const bytes = source.bytes(key);
-      tensor.upload(layout === 'conv' ? toMemoryLayout(bytes, shape, bytesPerElement[tensor.dtype]) : bytes);
+      if (layout !== 'conv') filled(tensor, source, key);
+      else tensor.upload(toMemoryLayout(source.bytes(key), shape, bytesPerElement[tensor.dtype]));
     }
   } finally {
     source.close();

@@ -44,6 +44,7 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
   const alloc = library.func('void *sdxl_alloc(int64_t bytes)') as Native;
   const free = library.func('void sdxl_free(void *memory)') as Native;
   const upload = library.func('void sdxl_copy(void *target, const void *source, int64_t bytes)') as Native;
+  const read = library.func('int sdxl_read(int fd, void *target, int64_t position, int64_t bytes)') as Native;
   const download = library.func('sdxl_copy', 'void', ['_Out_ void *', 'void *', 'int64_t']) as Native;
   const zero = library.func('void sdxl_zero(void *target, int64_t bytes)') as Native;
   const lookup = library.func('void *sdxl_kernel(const char *arch, const char *symbol)') as Native;
@@ -71,6 +72,7 @@ export function openCpuDriver(path: string, arch?: string): CpuDriver {
     },
     free: (block) => void free(block.address),
     upload: (block, offset, source) => void upload(block.address + BigInt(offset), source, source.byteLength),
+    read: (block, bytes, fd, position) => read(fd, block.address, position, bytes) === 1,
     download: (block, offset, target) =>
       void download(target, block.address + BigInt(offset), target.byteLength),
     clear: (block, bytes) => void zero(block.address, bytes),

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <condition_variable>
 #include <cstdlib>
 #include <functional>
@@ -12,6 +13,7 @@
 #include <sys/mman.h>
 #include <system_error>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 namespace sdxl {
@@ -207,4 +209,17 @@ void *sdxl_alloc(int64_t bytes) {
 void sdxl_free(void *memory) { free(memory); }
 void sdxl_copy(void *target, const void *source, int64_t bytes) { memcpy(target, source, size_t(bytes)); }
 void sdxl_zero(void *target, int64_t bytes) { memset(target, 0, size_t(bytes)); }
+
+// Fills memory from an open file, all threads at once; 0 where that failed, or the file ends before.
+int sdxl_read(int fd, void *target, int64_t position, int64_t bytes) {
+  std::atomic<int> whole{1};
+  parallel_for(bytes, int64_t(1) << 20, [&](int64_t begin, int64_t end) {
+    while (begin < end && whole) {
+      const ssize_t got = pread(fd, static_cast<char *>(target) + begin, size_t(end - begin), position + begin);
+      if (got > 0) begin += got;
+      else if (got == 0 || errno != EINTR) whole = 0;
+    }
+  });
+  return whole;
+}
 }

@@ -11,7 +11,7 @@ import { keep, scope, unscoped } from '../../engine/scope.ts';
 import { empty, type Tensor, tensor, zeros } from '../../engine/tensor.ts';
 import { type DType, decodeFloats, type FloatDType, isFloat, typedView } from '../../io/dtype.ts';
 import { UserError } from '../../io/errors.ts';
-import type { Room, TensorFile, TensorInfo } from '../../io/tensor_file.ts';
+import type { FilePlace, Room, TensorFile, TensorInfo } from '../../io/tensor_file.ts';
 
 /** What is told of a weight without reading it. */
 export type WeightInfo = Pick<TensorInfo, 'dtype' | 'shape' | 'storedAs' | 'bytes' | 'mend'>;
@@ -25,6 +25,8 @@ export interface WeightSource {
   readonly stamp?: string;
   info(name: string): WeightInfo | undefined;
   floats(name: string): Float32Array;
+  /** Where what `bytes` gives lies as it is; undefined where it is made of what lies there. */
+  inFile?(name: string): FilePlace | undefined;
   /** In fresh memory, or in `room` where that saves a copy. */
   bytes(name: string, room?: Room): Uint8Array;
   close(): void;
@@ -56,6 +58,7 @@ export function sourceOf(where: string, files: readonly TensorFile[]): WeightSou
       const file = fileOf(name);
       return decodeFloats(file.read(name), file.tensors.get(name)?.dtype ?? 'float32');
     },
+    inFile: (name) => fileOf(name).inFile?.(name),
     bytes: (name, room) => fileOf(name).read(name, room),
     close() {
       for (const file of files) file.close();
@@ -207,8 +210,21 @@ function fillParameter(
 export function storedTensor(source: WeightSource, name: string, device: Device, room?: Room): Tensor {
   const { dtype = 'float32', shape = [] } = source.info(name) ?? {};
   return isFloat(dtype)
-    ? empty(shape, { device, dtype }).upload(source.bytes(name, room))
+    ? filled(empty(shape, { device, dtype }), source, name, room)
     : tensor(source.floats(name), shape, { device });
+}
+
+/** A tensor with a weight's bytes, from the file itself where they lie there. */
+export function filled(
+  target: Tensor,
+  source: Pick<WeightSource, 'bytes' | 'inFile'>,
+  name: string,
+  room?: Room,
+): Tensor {
+  const place = source.inFile?.(name);
+  // Where the file could not be read, reading it here tells why.
+  if (place && target.uploadFile(place.fd, place.offset)) return target;
+  return target.upload(source.bytes(name, room));
 }
 
 /** Why a weight is not finite, told by what is stored. */

@@ -75,6 +75,7 @@ function scaled(file: TensorFile): TensorFile {
     ...file,
     tensors,
     readInto,
+    inFile: (name) => (scales.has(name) ? undefined : file.inFile?.(name)),
     read(name, room) {
       const scale = scales.get(name);
       if (!scale) return file.read(name, room);

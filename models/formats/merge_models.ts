@@ -249,7 +249,7 @@ function merging(
     own.close();
     close();
   };
-  return { ...own, stamp: undefined, info, bytes, floats, close: closeAll };
+  return { ...own, stamp: undefined, inFile: undefined, info, bytes, floats, close: closeAll };
 }
 
 interface Stored {

@@ -173,6 +173,10 @@ export function translated(file: TensorFile, origin: (key: string) => Origin): W
       return found && { ...found.stored, shape: found.shape };
     },
     bytes,
+    inFile(key) {
+      const { name, third, transposed } = origin(key);
+      return third === undefined && !transposed ? file.inFile?.(name) : undefined;
+    },
     floats: (key) => decodeFloats(bytes(key), find(key)?.stored.dtype ?? 'float32'),
     close: () => file.close(),
   };

@@ -109,6 +109,7 @@ function merging(
     stamp: undefined,
     info,
     bytes,
+    inFile: (name) => (changed.has(name) ? undefined : weights.inFile?.(name)),
     floats: (name) =>
       changed.has(name) ? decodeFloats(bytes(name), info(name)?.dtype as FloatDType) : weights.floats(name),
   };

@@ -1,9 +1,21 @@
-// The native library where the one in the package is of no use: a package built for another processor or C library.
+// What the native library does beside kernels, and where the one in the package is of no use: a package built for another processor or
+// C library.
 import { spawnSync } from 'node:child_process';
-import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
+import {
+  closeSync,
+  cpSync,
+  mkdirSync,
+  mkdtempSync,
+  openSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { basename, dirname, join } from 'node:path';
 import { test } from 'tap';
+import { openDevice } from '../../engine/device.ts';
+import { empty } from '../../engine/tensor.ts';
 import { packageRoot } from '../support/golden.ts';
 
 const folder = mkdtempSync(join(tmpdir(), 'sdxl-library-'));
@@ -24,6 +36,24 @@ function doctor(cache: string, path: string) {
   const { stdout, stderr } = spawnSync(process.execPath, argv, { encoding: 'utf8', env });
   return { ...JSON.parse(stdout || '{}'), stderr };
 }
+
+test('a tensor is filled from a file', (t) => {
+  const size = 3 * 2 ** 20 + 1; // pieces for several threads, and a part of one
+  const path = join(folder, 'bytes');
+  const bytes = Uint8Array.from({ length: size + 7 }, (_, i) => (i * 2654435761) >>> 24);
+  writeFileSync(path, bytes);
+  const fd = openSync(path, 'r');
+  const open = (device: string) => empty([size], { device: openDevice(device), dtype: 'uint8' });
+  const [x, onHost] = [open('cpu'), open('reference')];
+  t.ok(x.uploadFile(fd, 5));
+  t.ok(Buffer.compare(x.bytes(), bytes.subarray(5, 5 + size)) === 0);
+  t.notOk(x.uploadFile(fd, 8), 'the file ends before');
+  t.notOk(onHost.uploadFile(fd, 5), 'a device that cannot');
+  closeSync(fd);
+  t.notOk(x.uploadFile(fd, 5), 'no file any more');
+  for (const each of [x, onHost]) each.release();
+  t.end();
+});
 
 test('without a compiler the reference device is what is left', (t) => {
   const { device, kernels, mends, stderr } = doctor(join(folder, 'cache'), '');

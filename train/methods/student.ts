@@ -75,4 +75,5 @@ const renamed = (
   info: (name) => weights.info(origin(name)),
   floats: (name) => weights.floats(origin(name)),
   bytes: (name, room) => weights.bytes(origin(name), room),
+  inFile: (name) => weights.inFile?.(origin(name)),
 });
