@@ -317,7 +317,12 @@ test('datasets', async (t) => {
   await refuses(t, 'none named', /names no dataset/, ...using('none', ''));
   const lonely = dataset('lonely', 3);
   rmSync(join(lonely, '1.txt'));
-  await refuses(t, 'picture without caption', /1\.png has no caption/, ...using('lonely', lonely));
+  await refuses(
+    t,
+    'picture without caption',
+    /1 thing that .*1\.png has no caption.*dataset\.instance_prompt/,
+    ...using('lonely', lonely),
+  );
   const orphan = dataset('orphan', 3);
   rmSync(join(orphan, '1.png'));
   await refuses(

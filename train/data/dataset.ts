@@ -26,6 +26,9 @@ export interface Dataset {
   problems: string[];
 }
 
+/** What is said of an example without one, for which there is a mend (survey.ts). */
+export const noCaption = 'has no caption';
+
 export interface DatasetOptions {
   /** A folder, a .parquet file, a folder of .parquet files, or owner/name on the Hugging Face hub. */
   path: string;

@@ -7,7 +7,7 @@ import { type Dirent, readdirSync, statSync } from 'node:fs';
 import { join, normalize, relative, sep } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { asUserError, readBytesAside, readLines } from '../../io/files.ts';
-import { besideOf, type Dataset, type DatasetOptions, type Example } from './dataset.ts';
+import { besideOf, type Dataset, type DatasetOptions, type Example, noCaption } from './dataset.ts';
 import { type MetadataRow, readMetadata } from './metadata.ts';
 
 const pictureName = /\.(png|jpe?g|webp)$/i;
@@ -144,7 +144,7 @@ function captioned(
   if (typeof own === 'string') return own;
   const captions = own.length > 0 ? own : otherwise;
   if (captions.length === 0)
-    return `${join(path, name)} has no caption${text === undefined ? otherEnding(name, files) : ` in ${text}`}`;
+    return `${join(path, name)} ${noCaption}${text === undefined ? otherEnding(name, files) : ` in ${text}`}`;
   if (column && !beside) return `${join(path, name)} has no ${kind} ${stem(name)}.${column}.png beside it`;
   return { path: join(path, name), captions, beside: beside && join(path, beside) };
 }
@@ -172,7 +172,7 @@ function problemOf(
     if (!present(file)) return `${file} is not there`;
     if (!pictureName.test(file)) return `${file} is neither PNG, JPEG nor WebP`;
   }
-  return captions.length === 0 ? `${file_name} has no caption` : undefined;
+  return captions.length === 0 ? `${file_name} ${noCaption}` : undefined;
 }
 
 /** The lines that say something, or what is wrong with the file. */

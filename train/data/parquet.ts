@@ -4,7 +4,7 @@
 import { join } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { openParquet, type ParquetTable } from '../../io/parquet.ts';
-import { besideOf, type Dataset, type DatasetOptions, type PictureFile } from './dataset.ts';
+import { besideOf, type Dataset, type DatasetOptions, noCaption, type PictureFile } from './dataset.ts';
 import { captionsOf, noColumn } from './metadata.ts';
 
 /** Lists the rows of several files, named from `folder`, as one dataset. @throws UserError when a file is damaged or lacks a column */
@@ -39,7 +39,7 @@ export async function openParquetDataset(
       const label = labels ? labelOf(labels[row], id, label_column) : 1;
       const [first, second] = label === 0 ? [beside.column, image_column] : [image_column, beside.column];
       const pictureIn = (column: string) => pictureOf(table, column, row, id);
-      if (captions.length === 0) dataset.problems.push(`${id} has no caption`);
+      if (captions.length === 0) dataset.problems.push(`${id} ${noCaption}`);
       else if (label === 0 || label === 1)
         dataset.examples.push({
           ...pictureIn(first),

@@ -5,7 +5,7 @@ import { createHash } from 'node:crypto';
 import { UserError } from '../../io/errors.ts';
 import { decodePicture } from '../../io/image.ts';
 import type { Size } from '../../models/text/conditioning.ts';
-import type { Dataset, Example, PictureBeside, PictureFile } from './dataset.ts';
+import { type Dataset, type Example, noCaption, type PictureBeside, type PictureFile } from './dataset.ts';
 import { keyOf } from './draws.ts';
 
 export interface Sample extends Example {
@@ -97,9 +97,13 @@ export async function readUnchanged({ id, hash, read }: PictureFile & { hash: st
 function unusable(problems: readonly string[], sound: number): UserError {
   const shown = problems.slice(0, 8).join('; ');
   const more = problems.length > 8 ? `; and ${problems.length - 8} more` : '';
+  const caption = problems.some((problem) => problem.includes(noCaption))
+    ? 'give those without a caption one by dataset.instance_prompt, '
+    : '';
   const mend =
-    sound > 0 ? 'mend or remove them, or set dataset.broken to "skip"' : 'no picture is left to train on';
-  return new UserError(
-    `the dataset has ${problems.length} things that cannot be used (${shown}${more}): ${mend}`,
-  );
+    sound > 0
+      ? `mend or remove them, ${caption}or set dataset.broken to "skip"`
+      : 'no picture is left to train on';
+  const things = problems.length === 1 ? '1 thing' : `${problems.length} things`;
+  return new UserError(`the dataset has ${things} that cannot be used (${shown}${more}): ${mend}`);
 }
