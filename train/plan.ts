@@ -16,6 +16,8 @@ export interface Plan {
   /** Where the model lies. */
   model: string;
   images: number;
+  /** Of these, those that have fewer pixels than they are trained at. */
+  enlarged: number;
   /** Pictures for prior preservation, which are not among them. */
   class_images: number;
   /** Pictures of each size, of those sizes that have any. */
@@ -39,12 +41,14 @@ export interface Plan {
 export function planOf(materials: Materials, devices?: readonly Device[]): Plan {
   const { run, pictures, updatesPerEpoch, total, source } = materials;
   const { trained, all, bytes } = estimate(materials, devices?.map(standInFor));
+  const own = pictures.samples.flatMap(({ prior }, i) => (prior ? [] : [i]));
   const counts = pictures.buckets.map((_, i) => pictures.bucketOf.filter((b) => b === i).length);
   return {
     run,
     model: source.path,
-    images: pictures.samples.filter(({ prior }) => !prior).length,
-    class_images: pictures.samples.filter(({ prior }) => prior).length,
+    images: own.length,
+    enlarged: own.filter((i) => isEnlarged(pictures, i)).length,
+    class_images: pictures.samples.length - own.length,
     buckets: pictures.buckets.flatMap(([height, width], i) =>
       counts[i] ? [{ width, height, images: counts[i] }] : [],
     ),
@@ -62,6 +66,11 @@ export function planOf(materials: Materials, devices?: readonly Device[]): Plan 
   };
 }
 
+function isEnlarged({ samples, buckets, bucketOf }: Materials['pictures'], i: number): boolean {
+  const [height, width] = buckets[bucketOf[i]];
+  return height > samples[i].size[0] || width > samples[i].size[1];
+}
+
 /** The plan in lines, with what `devices` have of the memory. */
 export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   const { run, updates, updates_per_epoch, memory_bytes } = plan;
@@ -70,7 +79,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   return [
     `run         ${run.name}, into ${run.output}`,
     `model       ${plan.model}${run.unet ? `, UNet ${run.unet}` : ''}${ofTeacher(run)}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
-    `images      ${plan.images} from ${run.dataset.path}${ofClass(plan)}`,
+    `images      ${plan.images} from ${run.dataset.path}${ofSizes(plan)}${ofClass(plan)}`,
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
     `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
@@ -83,6 +92,9 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
     `memory      ${memory(memory_bytes)}, estimated${there(devices)}`,
   ];
 }
+
+/** How many pictures come out softer than they are, as those that are too small do. */
+const ofSizes = ({ enlarged }: Plan): string => (enlarged ? `, ${enlarged} of them enlarged` : '');
 
 /** The pictures for prior preservation, where there are any. */
 const ofClass = ({ class_images, run: { dataset, objective } }: Plan): string =>

@@ -16,7 +16,7 @@ test('plan', async (t) => {
   );
   t.equal(status, 0);
   for (const line of [
-    /images +4 /,
+    /images +4 from [^,]*\n/,
     /batch +4 \(2 x 2/,
     /updates +2: 1 an epoch, 2 epochs/,
     /trained +unet: 714660/,
@@ -24,6 +24,8 @@ test('plan', async (t) => {
     /memory +0\.\d+ GiB/,
   ])
     t.match(out, line);
+  const larger = await sdxl('plan', runFile('plan', {}), '--quiet', '--set', 'dataset.resolution=64');
+  t.match(larger.out, /images +4 from [^,]*, 4 of them enlarged\n/);
   const objective = { snr_gamma: 5, noise_offset: 0.05, debiased: false, timesteps: 'later' };
   const told = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, objective }), '--quiet');
   t.match(told.out, /trained +lora \(rank 8, alpha 8\): /);
