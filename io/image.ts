@@ -66,7 +66,9 @@ async function decoded<P extends Pixels>(
     if (!formats.includes(format)) throw new Error(`the format is ${format}`);
     return await make(image, space === 'cmyk');
   } catch (error) {
-    const reason = (error as Error).message.trim().replace(/\s+/g, ' ');
+    const told = (error as Error).message.trim().replace(/\s+/g, ' ');
+    // libvips keeps its errors for all threads together: where several decode, the words of this one may be gone.
+    const reason = told === 'Unknown error' ? 'its bytes are damaged' : told;
     throw new UserError(
       `${name} cannot be read as a picture (${reason}): give a sound PNG, JPEG or WebP file`,
     );
