@@ -233,11 +233,8 @@ async function trainOne(
     report.line('stopping after this update and saving; once more to leave at once');
   };
   const { folder, stopped } = await heedingSignals(ask, () => train(materials, devices, report, stop));
-  report.line(
-    folder
-      ? `${stopped ? 'stopped; saved' : 'done:'} ${folder}`
-      : 'stopped before the first update; what is prepared is kept',
-  );
+  const saved = stopped ? `stopped; saved ${folder}: --resume goes on` : `done: ${folder}`;
+  report.line(folder ? saved : 'stopped before the first update; what is prepared is kept');
   return { folder, stopped, by: stop.by };
 }
 

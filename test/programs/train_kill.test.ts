@@ -173,7 +173,7 @@ test('Ctrl-C saves and leaves', async (t) => {
   t.equal(status, 130);
   t.match(said, /stopping after this update and saving/);
   const [newest] = listCheckpoints(join(folder, 'stopped')).slice(-1);
-  t.match(said, new RegExp(`stopped; saved ${newest}`));
+  t.match(said, new RegExp(`stopped; saved ${newest}: --resume goes on`));
   t.ok(readState(newest).step < steps);
 });
 
