@@ -34,6 +34,6 @@ export default defineRun({
   objective: { snr_gamma: 5 },
   optimizer: { lr: 1e-4 },
   lr_scheduler: { name: 'constant_with_warmup', warmup_steps: 50 },
-  checkpoints: { every_steps: 100 },
+  checkpoints: { every_steps: 100, keep: 10 }, // all ten, for the choice by `sdxl grid`
   previews: { prompts: ['a portrait', 'a landscape'], num_inference_steps: 30, every_steps: 100 },
 });
