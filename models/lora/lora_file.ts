@@ -85,6 +85,9 @@ export function locateAdapter(path: string): string {
     );
   // Of a file of another kind the one who opens it tells more.
   if (!isFolder(path)) return path;
+  const final = join(path, 'final');
+  if (adapterAt(final))
+    throw new UserError(`${path} is the folder of a run; give what it has made, ${final}`);
   throw new UserError(
     `${path} holds no LoRA: a folder must have one of ${places}; give such a folder, or a .safetensors or .gguf file`,
   );

@@ -141,6 +141,7 @@ test('where a LoRA lies', async (t) => {
     run: { 'pytorch_lora_weights.safetensors': '' },
     'peft.safetensors': { 'adapter_model.safetensors': '' },
     checkpoint: { lora: { 'pytorch_lora_weights.safetensors': '' } },
+    whole: { final: { 'pytorch_lora_weights.safetensors': '' } },
     'a.safetensors': '',
     'a.bin': '',
   });
@@ -152,6 +153,7 @@ test('where a LoRA lies', async (t) => {
   const one = /one of pytorch_lora_weights\.safetensors, adapter_model\.safetensors, lora.pytorch/;
   t.throws(() => at('empty'), { name: 'UserError', message: /empty holds no LoRA: a folder must have one/ });
   t.throws(() => at('empty'), { message: one });
+  t.throws(() => at('whole'), { message: /whole is the folder of a run; give what it has made, .*final$/ });
   t.throws(() => at('absent'), { name: 'UserError', message: /^no LoRA at .*absent; give a \.safetensors/ });
   t.throws(() => at('absent'), { message: one });
 });
