@@ -59,6 +59,6 @@ export function checkDecode(
   if (tiling || height * width * perPixel <= MOST_ELEMENTS) return;
   const most = Math.floor(MOST_ELEMENTS / perPixel / 1e5) / 10;
   throw new UserError(
-    `${width}x${height} pixels are more than the VAE can decode whole (${most} megapixels): decode in tiles with --vae-tiling (vae_tiling in a program)`,
+    `${width}x${height} pixels are more than the VAE can decode whole (${most} megapixels): give a smaller --width and --height, or decode in tiles with --vae-tiling (vae_tiling in a program)`,
   );
 }

@@ -124,7 +124,7 @@ test('what cannot be decoded whole is refused by a sentence, and nothing else is
     );
     const refused = {
       name: 'UserError',
-      message: `${more[0]}x${more[1]} pixels are more than the VAE can decode whole (${most} megapixels): decode in tiles with --vae-tiling (vae_tiling in a program)`,
+      message: `${more[0]}x${more[1]} pixels are more than the VAE can decode whole (${most} megapixels): give a smaller --width and --height, or decode in tiles with --vae-tiling (vae_tiling in a program)`,
     };
     t.throws(() => checkDecode(coder, sizeOf(more)), refused);
     checkDecode(coder, sizeOf(more), true);
