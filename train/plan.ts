@@ -75,14 +75,15 @@ function isEnlarged({ samples, buckets, bucketOf }: Materials['pictures'], i: nu
 export function describe(plan: Plan, devices?: readonly Device[]): string[] {
   const { run, updates, updates_per_epoch, memory_bytes } = plan;
   const buckets = plan.buckets.map(({ width, height, images }) => `${width}x${height} (${images})`);
-  const epochs = (updates / updates_per_epoch).toFixed(updates % updates_per_epoch ? 1 : 0);
+  const count = (updates / updates_per_epoch).toFixed(updates % updates_per_epoch ? 1 : 0);
+  const epochs = count === '1' ? '1 epoch' : `${count} epochs`;
   return [
     `run         ${run.name}, into ${run.output}`,
     `model       ${plan.model}${run.unet ? `, UNet ${run.unet}` : ''}${ofTeacher(run)}${run.vae ? `, VAE ${run.vae}` : ''}, ${run.dtype}`,
     `images      ${plan.images} from ${run.dataset.path}${ofSizes(plan)}${ofClass(plan)}`,
     `buckets     ${buckets.join(', ')}`,
     `batch       ${plan.effective_batch_size} (${run.batch_size} x ${run.gradient_accumulation_steps} accumulated)`,
-    `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs} epochs`,
+    `updates     ${updates}: ${updates_per_epoch} an epoch, ${epochs}`,
     `trained     ${run.train.target}${ofLora(run)}${ofToken(run)}${ofSeeing(run)}${run.train.text_encoders ? ' and text encoders' : ''}: ${counted(plan)}`,
     ...(plan.prediction_type
       ? [`objective   ${[plan.prediction_type, ...ofMethod(run), ...furtherOf(run, 'objective')].join(', ')}`]

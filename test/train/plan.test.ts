@@ -24,7 +24,14 @@ test('plan', async (t) => {
     /memory +0\.\d+ GiB/,
   ])
     t.match(out, line);
-  const larger = await sdxl('plan', runFile('plan', {}), '--quiet', '--set', 'dataset.resolution=64');
+  const larger = await sdxl(
+    'plan',
+    runFile('plan', { steps: 4 }),
+    '--quiet',
+    '--set',
+    'dataset.resolution=64',
+  );
+  t.match(larger.out, /updates +4: 4 an epoch, 1 epoch\n/);
   t.match(larger.out, /images +4 from [^,]*, 4 of them enlarged\n/);
   const objective = { snr_gamma: 5, noise_offset: 0.05, debiased: false, timesteps: 'later' };
   const told = await sdxl('plan', runFile('plan', { train: { target: 'lora' }, objective }), '--quiet');
