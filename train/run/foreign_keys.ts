@@ -1,4 +1,4 @@
-// What other trainers call the keys of a run: kohya's sd-scripts, diffusers' scripts and peft. Told to whoever writes one of
+// What other trainers call the keys of a run: kohya's sd-scripts, diffusers' scripts, diffengine and peft. Told to whoever writes one of
 // these; a run file takes our own names alone, so that each thing has one. What is called alike and only lies elsewhere is found without.
 
 /** Where a word means another key by the script it is of, all of them. */
@@ -6,11 +6,13 @@ export const foreignKeys: Readonly<Record<string, string | readonly string[]>> =
   pretrained_model_name_or_path: 'model',
   pretrained_vae_model_name_or_path: 'vae',
   output_dir: 'output',
+  work_dir: 'output',
   output_name: 'name',
   mixed_precision: 'dtype',
   full_bf16: 'dtype',
   network_train_unet_only: 'train.text_encoders',
   train_text_encoder: 'train.text_encoders',
+  finetune_text_encoder: 'train.text_encoders',
   network_dim: 'lora.rank',
   dim: 'lora.rank',
   r: 'lora.rank',
@@ -52,6 +54,10 @@ export const foreignKeys: Readonly<Record<string, string | readonly string[]>> =
   repeats: 'dataset.folder_repeats',
   proportion_empty_prompts: 'dataset.caption_dropout_rate',
   train_batch_size: 'batch_size',
+  train_dataloader: 'batch_size',
+  accumulative_counts: 'gradient_accumulation_steps',
+  train_cfg: ['epochs', 'steps'],
+  max_epochs: 'epochs',
   max_train_epochs: 'epochs',
   num_train_epochs: 'epochs',
   max_train_steps: 'steps',
