@@ -9,7 +9,7 @@ import { listFolder } from '../io/files.ts';
 import { readJsonObject } from '../io/json.ts';
 import type { TensorFile } from '../io/tensor_file.ts';
 import { kindName, lackOf, rankOf, unsupportedKind } from './adapters/lora_kinds.ts';
-import { type Json, type ModelSource, openModel, openWeights } from './checkpoint/checkpoint.ts';
+import { type Json, type ModelSource, openModel, openWeights, refuseRun } from './checkpoint/checkpoint.ts';
 import { matchParameters, sourceOf, type WeightInfo, type WeightSource } from './checkpoint/weights.ts';
 import { openWeightsFile } from './checkpoint/weights_file.ts';
 import { asWeightsTell } from './control/controlnet_union.ts';
@@ -75,8 +75,10 @@ function inspectFolder(path: string): Inspection {
   if (inversion) return inspectFile(inversion);
   // What was trained, as a checkpoint of training keeps it.
   const parts = listFolder(path).filter((name) => existsSync(join(path, name, 'config.json')));
-  if (parts.length === 0)
+  if (parts.length === 0) {
+    refuseRun(path);
     throw new UserError(`${path} has neither model_index.json nor config.json; give a model's folder`);
+  }
   const components = parts.map((name) => componentAt(join(path, name)));
   return { path, kind: 'diffusers components', components, metadata: {}, problems: problemsOf(components) };
 }

@@ -11,6 +11,13 @@ import { readJsonObject } from '../../io/json.ts';
 import { loadAndClose, sourceOf, type WeightSource } from './weights.ts';
 import { openWeightsFile, openWeightsFiles, refusePickle } from './weights_file.ts';
 
+/** @throws UserError for the folder of a run, which has what it made in a folder of its own */
+export function refuseRun(path: string): void {
+  const final = join(path, 'final');
+  if (existsSync(final))
+    throw new UserError(`${path} is the folder of a run; give what it has made, ${final}`);
+}
+
 export type Json = Record<string, unknown>;
 
 export interface ModelSource {

@@ -9,6 +9,7 @@ import {
   type ModelSource,
   openComponent,
   openModel,
+  refuseRun,
   variantNames,
   variantOf,
 } from '../checkpoint/checkpoint.ts';
@@ -112,9 +113,7 @@ const withoutWeights = (files: readonly string[], component: string | undefined)
 /** What training leaves is no model yet, or has it deeper. @throws UserError that tells how to come by one */
 function refuseOtherFolders(path: string): void {
   if (existsSync(join(path, 'model_index.json'))) return;
-  const final = join(path, 'final');
-  if (existsSync(final))
-    throw new UserError(`${path} is the folder of a run; give what it has made, ${final}`);
+  refuseRun(path);
   if (adapterAt(path))
     throw new UserError(
       `${path} holds a LoRA, which sdxl sample takes as --lora ${path}; give the model that it was made for`,

@@ -22,6 +22,7 @@ import {
   unsupportedKind,
 } from '../adapters/lora_kinds.ts';
 import { byPattern, type PeftConfig, peftConfigs, peftRoot } from '../adapters/peft_config.ts';
+import { refuseRun } from '../checkpoint/checkpoint.ts';
 import { weightFile } from '../checkpoint/save.ts';
 import { allFinite } from '../checkpoint/weights.ts';
 import { isWeightsFile } from '../checkpoint/weights_file.ts';
@@ -85,9 +86,7 @@ export function locateAdapter(path: string): string {
     );
   // Of a file of another kind the one who opens it tells more.
   if (!isFolder(path)) return path;
-  const final = join(path, 'final');
-  if (adapterAt(final))
-    throw new UserError(`${path} is the folder of a run; give what it has made, ${final}`);
+  refuseRun(path);
   throw new UserError(
     `${path} holds no LoRA: a folder must have one of ${places}; give such a folder, or a .safetensors or .gguf file`,
   );

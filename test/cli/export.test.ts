@@ -274,6 +274,7 @@ test('what the trainer itself saves: adapters, and a model from random weights',
     ],
   ] as const)
     t.match((await sdxl('sample', '-m', path, '-p', 'x')).err, says);
+  t.match((await sdxl('inspect', made)).err, /is the folder of a run; give what it has made, /);
 
   const trainedOn = { ...objective, zero_terminal_snr: true };
   const tuned = await trained('tuned', { model: golden('tiny-sdxl'), objective: trainedOn });
