@@ -1,5 +1,5 @@
 // The page of `sdxl serve` at /: a prompt, a picture that comes into being, and what can be said about it. It is one file without parts,
-// so that nothing has to be built or loaded, and asks the server's own routes as any program would. It heeds its own request alone, by
+// so that nothing has to be built or loaded, and asks the server's own routes, beside wherever a proxy may show it. It heeds its own request alone, by
 // OpenAI's stream, and stops it by leaving: A1111's progress and interrupt are of whatever is at work, which may be someone else's.
 import { mostPartials } from './openai_api.ts';
 
@@ -45,7 +45,7 @@ export const page = `<!doctype html>
   const at = (id) => document.getElementById(id);
   const form = at('form');
   const previews = ${mostPartials};
-  const ask = (body, signal) => fetch('/v1/images/generations', {
+  const ask = (body, signal) => fetch('v1/images/generations', {
     method: 'POST',
     headers: {
       'Content-Type': 'application/json',
@@ -108,7 +108,10 @@ export const page = `<!doctype html>
         at('keyed').hidden = false;
         form.elements.key.focus();
       }
-      if (!response.ok) throw new Error((await response.json()).error.message);
+      if (!response.ok) {
+        const said = await response.json().catch(() => ({})); // a proxy speaks for itself
+        throw new Error(said.error?.message ?? 'refused with ' + response.status + ' ' + response.statusText);
+      }
       await read(response, ({ error, b64_json, seed, partial_image_index: i }) => {
         if (error) throw new Error(error.message);
         if (seed !== undefined) return figure.after(show(b64_json, request.prompt, seeded(seed)));

@@ -197,5 +197,6 @@ test('the page is a script that runs', async (t) => {
   const [, script] = /<script>(.*)<\/script>/s.exec(text) ?? [];
   t.doesNotThrow(() => new Script(script));
   t.match(script, /split\('\\n\\n'\)/, 'with its line ends escaped');
+  t.match(script, /fetch\('v1/, 'beside itself, wherever a proxy shows it');
   t.equal(await (await shared).end(), 143);
 });
