@@ -1,5 +1,5 @@
 // What the routes know of the server that they are of, and the bounds of what may be asked of it.
-import { basename } from 'node:path';
+import { basename, dirname, resolve } from 'node:path';
 import { UserError } from '../../io/errors.ts';
 import { plainSpelling, samplerNames } from '../../models/samplers/registry.ts';
 import { readTextualInversion } from '../../models/text/textual_inversion.ts';
@@ -63,8 +63,11 @@ export interface Served {
   tellIgnored(key: string): void;
 }
 
-/** What people call a model by its folder, file or hub id. */
-const nameOf = (path: string): string => basename(path).replace(/\.(safetensors|gguf)$/, '');
+/** What people call a model by its folder, file or hub id; what a run has made (`runs/NAME/final`) by the run's. */
+function nameOf(path: string): string {
+  const name = basename(path);
+  return name === 'final' ? basename(dirname(resolve(path))) : name.replace(/\.(safetensors|gguf)$/, '');
+}
 
 /** So many keys that say nothing are told of: clients have a few, and who makes up more fills no log. */
 const mostTold = 100;

@@ -6,8 +6,10 @@ import { join } from 'node:path';
 import { test } from 'tap';
 import { a1111Api } from '../../cli/serve/a1111_api.ts';
 import type { HttpRequest } from '../../cli/serve/http.ts';
+import type { Standing } from '../../cli/serve/messages.ts';
 import { openaiApi } from '../../cli/serve/openai_api.ts';
 import type { Queue } from '../../cli/serve/queue.ts';
+import { servedOf } from '../../cli/serve/served.ts';
 import { encodePng } from '../../io/png.ts';
 import { picture } from '../support/controlnet_golden.ts';
 import { writeEDM } from '../support/edm_golden.ts';
@@ -119,6 +121,14 @@ test('an InstructPix2Pix model edits, and no strength is put on it that was not 
     /InstructPix2Pix model, .* takes no strength \(denoising_strength\): leave it out/,
   );
   t.equal(await server.end(), 143);
+});
+
+test('what runs have made is called as the runs', (t) => {
+  const flags = { model: 'runs/castle/final', controlnet: ['runs/edges/final:0.5', 'runs/depth/final'] };
+  const served = servedOf(flags as Standing, {}, () => {});
+  t.equal(served.name, 'castle');
+  t.same([...served.followed.keys()], ['edges', 'depth']);
+  t.end();
 });
 
 test('a page tells of every route', async (t) => {
