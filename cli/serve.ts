@@ -28,7 +28,7 @@ import { httpServer, Refusal, type Routes } from './serve/http.ts';
 import { type ModelTold, nothingFollowed, type Settings, type Standing } from './serve/messages.ts';
 import { openaiApi } from './serve/openai_api.ts';
 import { page } from './serve/page.ts';
-import { openQueue, type Queue } from './serve/queue.ts';
+import { leaving, openQueue, type Queue } from './serve/queue.ts';
 import { type Served, servedOf } from './serve/served.ts';
 import { heedingSignals, inOneLine, Stopped, type Terminal } from './terminal.ts';
 
@@ -141,7 +141,7 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
   const drawer = drawerOf(standing, options, leave.signal, terminal);
   const queue = logged(openQueue(drawer, options.queue), log);
   const served = servedOf(standing, textsTyped(standing, command), log);
-  const server = httpServer(routesOf(served, drawer, queue), {
+  const server = httpServer(routesOf(served, drawer, queue, leave.signal), {
     ...{ key, origins: options.cors ?? [], keyless: ['GET /healthz', 'GET /'] },
     onBug: (error) => terminal.err(`${(error as Error).stack}\n`),
   });
@@ -155,7 +155,7 @@ async function serve(options: ServeOptions, command: Command, terminal: Terminal
           tellReady({ url, model: served.name, ...told }, options, terminal);
           await left;
         }
-        if (queue.working()) terminal.err('finishing the picture at work; Ctrl-C again leaves at once\n');
+        if (queue.working()) terminal.err('finishing the request at work; Ctrl-C again leaves at once\n');
         await queue.close();
       } finally {
         drawer.close();
@@ -194,9 +194,9 @@ function drawerOf(
   return drawer;
 }
 
-const routesOf = (served: Served, drawer: Drawer, queue: Queue): Routes => ({
+const routesOf = (served: Served, drawer: Drawer, queue: Queue, left: AbortSignal): Routes => ({
   'GET /': () => ({ html: page }),
-  'GET /healthz': () => health(drawer, queue),
+  'GET /healthz': () => health(drawer, queue, left),
   ...openaiApi(served, queue),
   ...a1111Api(served, queue),
 });
@@ -252,12 +252,17 @@ function logged(queue: Queue, log: (line: string) => void): Queue {
   return {
     ...queue,
     async draw(order, signal, watch) {
-      const began = performance.now();
+      const asked = performance.now();
+      let began = asked;
+      const begin = (): void => {
+        began = performance.now();
+      };
       try {
-        const drawn = await queue.draw(order, signal, watch);
-        const seconds = ((performance.now() - began) / 1000).toFixed(1);
+        const drawn = await queue.draw(order, signal, { ...watch, begin });
+        const [took, waited] = [performance.now() - began, began - asked].map((ms) => (ms / 1000).toFixed(1));
+        const seconds = `${took} s${waited === '0.0' ? '' : ` after waiting ${waited} s`}`;
         const from = `from ${drawn.map(({ seed }) => `seed ${seed}`).join(', ')}`;
-        log(`${drawn.length} ${order.remade ? `made in ${seconds} s` : `drawn in ${seconds} s, ${from}`}`);
+        log(`${drawn.length} ${order.remade ? `made in ${seconds}` : `drawn in ${seconds}, ${from}`}`);
         return drawn;
       } catch (error) {
         log(`not drawn: ${(error as Error).message}`);
@@ -268,7 +273,8 @@ function logged(queue: Queue, log: (line: string) => void): Queue {
 }
 
 /** @throws Refusal while nothing could be drawn */
-function health(drawer: Drawer, queue: Queue) {
+function health(drawer: Drawer, queue: Queue, left: AbortSignal) {
+  if (left.aborted) throw leaving();
   const state = drawer.state();
   if (state === 'opening') throw new Refusal(503, 'the model is being loaded');
   if (state === 'lost')

@@ -7,6 +7,8 @@ import type { Drawn, ModelTold, Order } from './messages.ts';
 
 /** What is told of an order on its way. */
 export interface Watch {
+  /** It is its turn. */
+  begin?(): void;
   /** The part that is done, 0 to 1. */
   step?(share: number): void;
   /** What was asked for by `look`. */
@@ -90,7 +92,7 @@ function openLine(most: number) {
   };
 }
 
-const leaving = () => new Refusal(503, 'the server is about to end; ask again when it is back');
+export const leaving = () => new Refusal(503, 'the server is about to end; ask again when it is back');
 
 /** `most` may wait; further ones are refused. */
 export function openQueue(drawer: Drawer, most: number): Queue {
@@ -106,6 +108,7 @@ export function openQueue(drawer: Drawer, most: number): Queue {
     const stop = new AbortController();
     const pictures: Drawn[] = [];
     const hearing = noting(told, watch, pictures);
+    watch.begin?.();
     const done = drawer.draw(order, hearing, AbortSignal.any([signal, stop.signal]));
     current = { told, stop, done };
     try {

@@ -80,6 +80,7 @@ test('a server outlives the process that draws, and lets it go when it is idle',
   t.equal((await waiting).status, 200, 'who waited is drawn for by the next');
   t.not(drawers()[0], first);
   t.match(server.said(), /it is started again/);
+  t.match(server.said(), /1 drawn in [\d.]+ s after waiting [\d.]+ s, from seed 5/);
   await eventually(async () => drawers().length === 0);
   t.equal((await server.get('/healthz')).body.state, 'idle', 'memory is free');
   const early = server.post('/sdapi/v1/txt2img', fox);
@@ -95,7 +96,8 @@ test('a server outlives the process that draws, and lets it go when it is idle',
   const last = server.post('/v1/images/generations', { ...fox, num_inference_steps: 40 });
   await seen(server, ({ state }) => state.sampling_step > 0);
   const ended = server.end();
-  t.equal((await last).status, 200, 'the picture at work is finished');
+  t.equal((await server.get('/healthz')).status, 503, 'nobody is to ask any more');
+  t.equal((await last).status, 200, 'the request at work is finished');
   t.equal(await ended, 143);
   await eventually(async () => drawers().length === 0);
 });
@@ -133,8 +135,8 @@ test('a server that cannot begin says why', async (t) => {
     [['--cors', 'https://example.org/'], /--cors takes an origin/],
     [['--cors', '*'], /--cors takes an origin/],
     [
-      ['--controlnet', 'a/final', '--adapter', 'b/final.safetensors'],
-      /a\/final and b\/final.safetensors would both be called final, by which/,
+      ['--controlnet', 'a/edges', '--adapter', 'b/edges.safetensors'],
+      /a\/edges and b\/edges.safetensors would both be called edges, by which/,
     ],
   ];
   for (const [flags, sentence] of cases) {
