@@ -25,7 +25,7 @@ export function addDoctor(command: Command, terminal: Terminal): void {
     .option('--json', 'one JSON object on stdout')
     .addHelpText('after', examples)
     .action(({ json }: { json?: boolean }) => {
-      const findings = examine();
+      const findings = examine(terminal);
       if (json) terminal.out(`${JSON.stringify(asObject(findings))}\n`);
       else for (const finding of findings) terminal.out(asLine(finding));
     });
@@ -42,7 +42,8 @@ function asObject(findings: readonly Finding[]): Record<string, unknown> {
   };
 }
 
-function examine(): Finding[] {
+function examine(terminal: Terminal): Finding[] {
+  findLibrary((line) => terminal.err(`${line}\n`));
   const found = gpus(); // first, as a device that is open takes of their memory
   return [
     { name: 'sdxl', value: version },

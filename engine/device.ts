@@ -71,7 +71,7 @@ export function openDevice(name: string, warn: (line: string) => void = console.
   if (name === 'reference') return once('reference', () => referenceDevice());
   const first = name === 'auto' && firstGpu(warn);
   if (first) return first;
-  const library = findLibrary();
+  const library = findLibrary(warn);
   if ('path' in library) return once('cpu', () => nativeDevice(library.path));
   if (name === 'cpu')
     throw new UserError(`the cpu device has no kernel library: ${library.reason}; or use --device reference`);

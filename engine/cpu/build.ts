@@ -4,7 +4,7 @@
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync, renameSync, rmSync } from 'node:fs';
-import { homedir } from 'node:os';
+import { availableParallelism, homedir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import koffi from 'koffi';
@@ -17,18 +17,20 @@ const packaged = join(packageRoot, 'build', 'libsdxl_cpu.so');
 export type Found = { path: string } | { reason: string };
 let found: Found | undefined;
 
-/** The library's path, or why there is none. Compiles at most once per process. */
-export function findLibrary(): Found {
-  found ??= locate();
+/** The library's path, or why there is none. Compiles at most once per process, which takes its time and is told before. */
+export function findLibrary(tell: (line: string) => void = () => {}): Found {
+  found ??= locate(tell);
   return found;
 }
 
-function locate(): Found {
+function locate(tell: (line: string) => void): Found {
   if (process.platform !== 'linux')
     return { reason: `no kernel library is built for ${process.platform} yet` };
   if (loads(packaged)) return { path: packaged };
   const cached = join(cacheFolder(), `libsdxl_cpu-${sourceHash()}-${process.arch}.so`);
-  return loads(cached) ? { path: cached } : compile(cached);
+  if (loads(cached)) return { path: cached };
+  tell('compiling the kernels for this machine, once, which takes a minute or a few');
+  return compile(cached);
 }
 
 /** A package may have been built for another processor, or against a newer C library than this machine has. */
@@ -70,9 +72,12 @@ function compile(target: string): Found {
   }
 }
 
+/** Of g++, each of which takes some hundred megabytes. */
+const jobs = Math.min(8, availableParallelism());
+
 /** Brings the library `out` up to date, its objects beside it. */
 function make(out: string): Found {
-  const made = spawnSync('make', ['-C', sources, '-j2', `OUT=${out}`], { encoding: 'utf8' });
+  const made = spawnSync('make', ['-C', sources, `-j${jobs}`, `OUT=${out}`], { encoding: 'utf8' });
   if (made.error)
     return { reason: 'the kernel library is not built and make was not found; install make and g++' };
   if (made.status !== 0)

@@ -58,6 +58,7 @@ test('a tensor is filled from a file', (t) => {
 test('without a compiler the reference device is what is left', (t) => {
   const { device, kernels, mends, stderr } = doctor(join(folder, 'cache'), '');
   t.equal(device, 'reference', stderr);
+  t.match(stderr, /compiling the kernels for this machine, once/, 'told before the wait');
   t.match(kernels, /make was not found/);
   t.match(mends.kernels, /install make and g\+\+/);
   t.end();
