@@ -53,7 +53,11 @@ test('a run leaves what it promises, and a resumed one the same bytes', async (t
   t.equal(readLog(join(output, 'log.jsonl')).length, 5, 'a line an update');
   t.match(readFileSync(join(output, 'loss.svg'), 'utf8'), /<polyline/, 'a loss curve');
   const sheet = await readPicture(join(output, 'previews.png'));
-  t.same([sheet.width, sheet.height], [4 + 2 * 36, 4 + 3 * 36], 'three rows of two previews');
+  t.same(
+    [sheet.width, sheet.height],
+    [4 + 16 + 2 * 36, 4 + 3 * 36],
+    'three rows: the step, and two previews',
+  );
   t.ok(readdirSync(join(output, 'tensorboard')).length === 1, 'an event file');
   loadPipeline(openModel(final), { device, dtype: 'float32' }).release();
   t.pass('the finished model opens');

@@ -187,8 +187,9 @@ test('a sheet of previews, and what a resumed run draws again', async (t) => {
     const { width, height } = await readPicture(join(output, 'previews.png'));
     return [width, height];
   };
-  // The wide one is made 192 x 96 and the small one stays; 4 pixels between them.
-  t.same(await size(), [4 + 192 + 4 + 60 + 4, 4 + 4 * (96 + 4)]);
+  // Two digits of 12 pixels; the wide one is made 192 x 96 and the small one stays; 4 pixels between them.
+  const left = 4 + 2 * 12 + 4;
+  t.same(await size(), [left + 192 + 4 + 60 + 4, 4 + 4 * (96 + 4)]);
   t.same([told.width, told.height], await size());
   t.same(readPngText(join(output, 'previews', 'step-00000010', '1.png')), { parameters: 'two\nstep 10' });
   rewindPreviews(output, 10);
@@ -198,11 +199,22 @@ test('a sheet of previews, and what a resumed run draws again', async (t) => {
   const at = (x: number, y: number) => data[3 * (y * width + x)];
   const rows = [0, 1, 2].map((row) => 4 + row * 100);
   t.same(
-    rows.map((y) => at(4, y)),
+    rows.map((y) => at(left, y)),
     [50, 100, 7],
     'a row for each, the oldest first',
   );
-  t.same([at(3, 4), at(196, 4), at(200, 4), at(200, 4 + 90)], [255, 255, 50, 255], 'on white');
+  t.same(
+    [at(left - 1, 4), at(left + 192, 4), at(left + 196, 4), at(left + 196, 4 + 90)],
+    [255, 255, 50, 255],
+    'on white',
+  );
+  const label = (row: number) =>
+    Array.from({ length: 90 * 24 }, (_, i) => at(4 + (i % 24), rows[row] + Math.floor(i / 24)));
+  t.same(
+    [0, 1, 2].map((row) => label(row).includes(0)),
+    [true, true, true],
+    'each with its step in black',
+  );
 });
 
 test("a checkpoint's tensors are taken where they fit", (t) => {

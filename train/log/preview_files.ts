@@ -1,17 +1,20 @@
-// The files of a run's previews: PNGs in previews/step-N/, and one contact sheet with a row for each time, so that the rows show the model
-// learn. The sheet is made from the files on disk: a resumed run goes on with it.
+// The files of a run's previews: PNGs in previews/step-N/, and one contact sheet with a row for each time, beside its step, so that the
+// rows show the model learn, and which checkpoint drew what. The sheet is made from the files on disk: a resumed run goes on with it.
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { listFolder, makeFolder } from '../../io/files.ts';
 import { removeFolder, replaceFolderAtomically } from '../../io/folders.ts';
-import { grid } from '../../io/grid.ts';
+import { grid, whitePicture } from '../../io/grid.ts';
 import { readPicture, writePng } from '../../io/image.ts';
+import { letterWidth, lineHeight, writeLines } from '../../io/letters.ts';
 import type { Picture } from '../../io/pixels.ts';
 import { resize } from '../../io/resize.ts';
 import { stepFolder, stepFolders } from './step_folders.ts';
 
 /** Pixels of a picture in the sheet, at most. */
 const cell = 192;
+/** How many pixels a point of a letter is wide. */
+const scale = 2;
 
 /** Where the contact sheet is, and its size. */
 interface Sheet {
@@ -55,17 +58,27 @@ export function rewindPreviews(output: string, step: number): void {
   for (const each of stepFolders(previewFolder(output))) if (each.step > step) removeFolder(each.path);
 }
 
-/** A row for each step, oldest first, its pictures from left to right. */
+/** A row for each step, oldest first: its number, and its pictures from left to right. */
 async function contactSheet(folder: string): Promise<Picture> {
   const rows: Picture[][] = [];
-  for (const { path } of stepFolders(folder)) {
+  const steps = stepFolders(folder);
+  const digits = Math.max(0, ...steps.map(({ step }) => `${step}`.length));
+  for (const { path, step } of steps) {
     const files = listFolder(path).filter((file) => /^\d+\.png$/.test(file));
     files.sort((a, b) => Number.parseInt(a, 10) - Number.parseInt(b, 10));
     const pictures: Picture[] = [];
     for (const file of files) pictures.push(thumbnail(await readPicture(join(path, file))));
-    rows.push(pictures);
+    rows.push([labelOf(step, digits, pictures), ...pictures]);
   }
   return grid(rows);
+}
+
+/** A step's number, at the middle of its row. */
+function labelOf(step: number, digits: number, pictures: readonly Picture[]): Picture {
+  const height = Math.max(lineHeight * scale, ...pictures.map((picture) => picture.height));
+  const label = whitePicture(digits * letterWidth * scale, height);
+  writeLines(label, [`${step}`], [label.width / 2, height / 2], scale);
+  return label;
 }
 
 function thumbnail(picture: Picture): Picture {
