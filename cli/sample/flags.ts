@@ -345,7 +345,11 @@ const fileOptions = (command: Command): Command =>
       '--from <FILE.png>',
       'take the settings that a picture of ours (or of A1111) carries; flags beside it win',
     )
-    .option('-o, --output <FILE>', 'PNG to write; several pictures are numbered', 'out.png')
+    .option(
+      '-o, --output <FILE>',
+      'PNG to write, in the place of what is there; several pictures are numbered',
+      'out.png',
+    )
     .option(
       '--save-latents <FILE>',
       'also write the final latents to this .safetensors file: one float32 tensor "latents", as diffusers gives them with output_type="latent"',
