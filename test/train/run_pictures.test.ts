@@ -49,6 +49,11 @@ test('what stands around captions, but those of the class', async (t) => {
     samples.map(({ captions }) => captions),
     [['ohwx, a fox in a wood', 'ohwx, it runs in a wood'], ['animal']],
   );
+  await t.rejects(opened({ ...dataset, class_prompt: '' }), {
+    name: 'UserError',
+    message:
+      /^dataset\.class_data_dir: .* has no picture with a caption .* one caption with dataset\.class_prompt$/,
+  });
 });
 
 test('pictures at several resolutions', async (t) => {

@@ -78,11 +78,18 @@ async function priorSamples({ dataset }: Run, report: Report): Promise<Sample[]>
   const { class_data_dir: path, class_prompt: instance_prompt } = dataset;
   if (!path) return [];
   const ofClass = { ...dataset, path, instance_prompt, conditioning_image_column: '' };
-  const samples = await look(ofClass, 'looking at pictures of the class', report);
+  const samples = await look(ofClass, 'looking at pictures of the class', report).catch(refuseClass);
   return samples.map((sample) => {
     const id = `class/${sample.id}`;
     return { ...sample, id, key: keyOf(id), prior: true };
   });
+}
+
+/** @throws what was thrown, a mistake of the user's in the words of the class */
+function refuseClass(error: unknown): never {
+  if (!(error instanceof UserError)) throw error;
+  const told = error.message.replaceAll('dataset.instance_prompt', 'dataset.class_prompt');
+  throw new UserError(`dataset.class_data_dir: ${told}`);
 }
 
 /** Looks at the pictures of a dataset, and tells of those that are left out. */
