@@ -53,7 +53,7 @@ Examples:
   sdxl train configs/lora.ts --set dataset.path=pictures
   sdxl train configs/lora.ts --set dataset.path=pictures --set steps=2000 --resume
   sdxl train configs/controlnet.ts --set dataset.path=pictures --device cuda:0,cuda:1
-  sdxl train configs/emoji.ts --only emoji-vae
+  sdxl train several.ts --only my-vae
 
 ${keys}`;
 
