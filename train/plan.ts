@@ -89,6 +89,7 @@ export function describe(plan: Plan, devices?: readonly Device[]): string[] {
       ? [`objective   ${[plan.prediction_type, ...ofMethod(run), ...furtherOf(run, 'objective')].join(', ')}`]
       : []),
     `optimizer   ${run.optimizer.name}${ofMoments(run)}, lr ${run.optimizer.lr}${blockRatesInWords(run)}${ofTexts(run)} ${run.lr_scheduler.name}, weight decay ${run.optimizer.weight_decay}, clip ${run.optimizer.max_grad_norm || 'off'}${run.ema.decay ? `, EMA ${run.ema.decay}` : ''}`,
+    `checkpoints ${ofCheckpoints(run)}`,
     ...(memory_bytes.length > 1 ? [`gpus        ${memory_bytes.length}, ${dealing(plan)}`] : []),
     `memory      ${memory(memory_bytes)}, estimated${there(devices)}`,
   ];
@@ -123,6 +124,10 @@ function ofMethod({ train, objective, distillation, dpo, esd, lcm }: Run): strin
   const { w_min, w_max, num_ddim_timesteps, loss_type } = lcm;
   return [train.method, loss_type, `w ${w_min} to ${w_max}`, `${num_ddim_timesteps} DDIM timesteps`];
 }
+
+/** How often they are written, and that older ones go. */
+const ofCheckpoints = ({ checkpoints: { every_steps, keep } }: Run): string =>
+  `every ${every_steps ? `${every_steps} updates` : 'epoch'}, the newest ${keep === 1 ? 'one' : keep} kept`;
 
 /** Keys that are told otherwise, or not at all. */
 const toldElsewhere = {

@@ -21,16 +21,18 @@ test('plan', async (t) => {
     /updates +2: 1 an epoch, 2 epochs/,
     /trained +unet: 714660/,
     /objective +epsilon, mse\n/,
+    /checkpoints every epoch, the newest 3 kept\n/,
     /memory +0\.\d+ GiB/,
   ])
     t.match(out, line);
   const larger = await sdxl(
     'plan',
-    runFile('plan', { steps: 4 }),
+    runFile('plan', { steps: 4, checkpoints: { every_steps: 2, keep: 1 } }),
     '--quiet',
     '--set',
     'dataset.resolution=64',
   );
+  t.match(larger.out, /checkpoints every 2 updates, the newest one kept\n/);
   t.match(larger.out, /updates +4: 4 an epoch, 1 epoch\n/);
   t.match(larger.out, /images +4 from [^,]*, 4 of them enlarged\n/);
   const objective = { snr_gamma: 5, noise_offset: 0.05, debiased: false, timesteps: 'later' };
