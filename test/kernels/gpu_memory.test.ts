@@ -278,6 +278,10 @@ test('training at 1024x1024 in bfloat16, with gradient checkpointing', (t) => {
       ...rounding,
     });
     t.ok(frugal < 16e9, `${on}: a ControlNet with Adafactor that rounds at random, ${gib(frugal)}`);
+    const lite = train(card, 8e9, {
+      ...{ train: { target: 'controlnet', gradient_checkpointing }, controlnet: { network_dim: 64 } },
+    });
+    t.ok(lite > lora && lite < 8e9, `${on}: a ControlNet-LLLite with AdamW, ${gib(lite)}`);
     const adapter = train(card, 12e9, { train: { target: 't2i_adapter', gradient_checkpointing } });
     t.ok(adapter < 12e9, `${on}: a T2I-Adapter with AdamW, ${gib(adapter)}`);
     const byPictures = train(card, 12e9, {
