@@ -309,6 +309,23 @@ test('captions', (t) => {
     ['a; b', 'a', 'b', ''].every((text) => Math.abs((thinned.get(text) ?? 0) - 750) < 100),
     'tags fall out',
   );
+  // What kohya's own lines make of these.
+  for (const [caption, made] of [
+    ['{a|b|} {{x|y}} {c}{}', [' {x|y} c{}', 'a {x|y} c{}', 'b {x|y} c{}']],
+    ['{a{{|b}}} {d|e}', ['a{ d', 'a{ e', 'b} d', 'b} e']],
+    ['{a {b|c} d}', ['a {b d}', 'c d}']],
+  ] as const) {
+    const drawn = counted({ enable_wildcard: true }, [caption]);
+    t.strictSame([...drawn.keys()].sort(), made);
+    t.ok(
+      [...drawn.values()].every((count) => Math.abs(count - 3000 / made.length) < 110),
+      'evenly',
+    );
+    t.strictSame([...counted({}, [caption]).keys()], [caption], 'only where that is asked for');
+  }
+  const wild = { enable_wildcard: true, shuffle_caption: true };
+  t.equal(counted(wild, ['{a, b|c}, d']).size, 6 + 2, 'tags of an alternative are shuffled too');
+  t.equal(allCaptions([{ captions: ['{a|b}'] }], { ...defaults, enable_wildcard: true }), undefined);
   const kept = { shuffle_caption: true, keep_tokens: 5, keep_tokens_separator: '|||' };
   t.strictSame(
     [...counted(kept, ['a, b ||| c, d,||| e']).keys()].sort(),

@@ -48,6 +48,21 @@ test('weights by signal-to-noise ratio', (t) => {
   });
   allClose(t, 'debiased weighs x_0 alike', shares, [1, 1, 1], exact);
   t.equal(lossWeight({ ...v, snr_gamma: 5 }, 0), 0, 'pure noise');
+  // kohya's two: by s / (s + 1), s being 1000 at the most, alone and over another weight.
+  const [like, scaled] = [
+    { ...plain, v_pred_like_loss: 0.3 },
+    { ...v, scale_v_pred_loss_like_noise_pred: true },
+  ];
+  allClose(t, 'v_pred_like_loss', weights(like), [1 + 0.3 / 0.9, 1 + 0.3 / 0.5, 1 + 0.3 / 0.1], exact);
+  allClose(t, 'with min-SNR', weights({ ...like, snr_gamma: 5 }), [(5 / 9) * (1 + 1 / 3), 1.6, 4], exact);
+  allClose(t, 'scaled like noise', weights(scaled), [0.9, 0.5, 0.1], exact);
+  allClose(t, 'and debiased', weights({ ...scaled, debiased: true }), [0.27, 0.25, 0.03], exact);
+  allClose(t, 'least noise', [lossWeight(scaled, 0.9999)], [1000 / 1001], exact);
+  t.throws(
+    () => objectiveOf({ ...like, prediction_type: 'v_prediction' }, scheduler),
+    /which the model predicts/,
+  );
+  t.throws(() => objectiveOf({ ...scaled, prediction_type: '' }, scheduler), /the model predicts noise/);
   t.end();
 });
 
@@ -147,6 +162,14 @@ test('noise: offset, pyramid and perturbation', (t) => {
     white.map((x, i) => x + 0.1 * offset[i % 4]),
     exact,
   );
+  const strength = draws(3, 1, 7, 'offset_strength').uniform();
+  allClose(
+    t,
+    'or of a strength that is drawn',
+    drawNoise({ ...plain, noise_offset: 0.1, noise_offset_random_strength: true }, shape, 3, 1, 7),
+    white.map((x, i) => x + strength * 0.1 * offset[i % 4]),
+    exact,
+  );
   const pyramid = drawNoise({ ...plain, pyramid_noise: 0.9 }, [64, 64, 4], 3, 1, 7);
   const mean = pyramid.reduce((sum, x) => sum + x, 0) / pyramid.length;
   const variance = pyramid.reduce((sum, x) => sum + (x - mean) ** 2, 0) / pyramid.length;
@@ -160,10 +183,13 @@ test('noise: offset, pyramid and perturbation', (t) => {
   const objective = objectiveOf({ ...plain, input_perturbation: 0.1 }, scheduler);
   const { sample, target, timesteps } = noiseBatch(objective, latents, 3);
   const more = draws(3, 1, 7, 'perturbation').normals(1024);
-  const strength = Math.sqrt(1 - objective.alphasCumprod[timesteps[0]]);
+  const sigma = Math.sqrt(1 - objective.alphasCumprod[timesteps[0]]);
   allClose(t, 'the target is the noise alone', target, white, exact);
-  const seen = white.map((x, i) => strength * (x + 0.1 * more[i]));
-  allClose(t, 'the network sees more', sample, seen, exact);
+  const seen = (gamma: number) => white.map((x, i) => sigma * (x + gamma * more[i]));
+  allClose(t, 'the network sees more', sample, seen(0.1), exact);
+  const drawn = objectiveOf({ ...objective.settings, input_perturbation_random_strength: true }, scheduler);
+  const share = draws(3, 1, 7, 'perturbation_strength').uniform();
+  allClose(t, 'or as much as is drawn', noiseBatch(drawn, latents, 3).sample, seen(share * 0.1), exact);
   t.end();
 });
 

@@ -1,7 +1,7 @@
 // The caption a sample is shown with in an epoch: one of its choices, its tags shuffled or thinned, or none at all. The
 // options' names are kohya's, whose ", " between tags is here the separator and a space.
 import { createHash } from 'node:crypto';
-import { draws } from './draws.ts';
+import { type Draws, draws } from './draws.ts';
 import type { Sample } from './survey.ts';
 
 export interface CaptionOptions {
@@ -11,6 +11,8 @@ export interface CaptionOptions {
   caption_tag_dropout_rate: number;
   /** Put the tags in another order each epoch. */
   shuffle_caption: boolean;
+  /** Draw one of `{one|another}`; `{{` and `}}` are braces. */
+  enable_wildcard: boolean;
   /** How many tags at the front are neither moved nor left away. */
   keep_tokens: number;
   /** What stands around the tags that are moved or left away, in captions that have it, in place of keep_tokens; empty for none. */
@@ -28,7 +30,8 @@ export function captionOf(
   { seed, epoch, key }: { seed: number; epoch: number; key: number },
 ): string | undefined {
   if (draws(seed, epoch, key, 'dropout').uniform() < options.caption_dropout_rate) return undefined;
-  const caption = captions[draws(seed, epoch, key, 'caption').integer(captions.length)];
+  const written = captions[draws(seed, epoch, key, 'caption').integer(captions.length)];
+  const caption = options.enable_wildcard ? chosen(written, draws(seed, epoch, key, 'wildcard')) : written;
   if (!drawsTags(options)) return undrawn(caption, options);
   const { shuffle_caption, caption_tag_dropout_rate } = options;
   const { before, movable, behind } = tagsOf(caption, options);
@@ -39,6 +42,21 @@ export function captionOf(
   if (shuffle_caption) kept.sort((a, b) => a.place - b.place);
   return joined([...before, ...kept.map(({ tag }) => tag), ...behind], options);
 }
+
+/** What stand for braces that are written twice, while others are looked for: of no script. */
+const [OPEN, CLOSE] = ['\u{F0000}', '\u{F0001}'];
+
+/** The caption with one of each wildcard's alternatives. */
+const chosen = (caption: string, random: Draws): string =>
+  caption
+    .replaceAll('{{', OPEN)
+    .replaceAll('}}', CLOSE)
+    .replace(/\{([^}]+)\}/g, (_, alternatives: string) => {
+      const each = alternatives.split('|');
+      return each[random.integer(each.length)];
+    })
+    .replaceAll(OPEN, '{')
+    .replaceAll(CLOSE, '}');
 
 const drawsTags = ({ shuffle_caption, caption_tag_dropout_rate }: CaptionOptions): boolean =>
   shuffle_caption || caption_tag_dropout_rate > 0;
@@ -75,7 +93,7 @@ export function allCaptions(
   samples: readonly { captions: readonly string[] }[],
   options: CaptionOptions,
 ): string[] | undefined {
-  if (drawsTags(options)) return undefined;
+  if (drawsTags(options) || options.enable_wildcard) return undefined;
   return [
     ...new Set(samples.flatMap(({ captions }) => captions.map((caption) => undrawn(caption, options)))),
   ];

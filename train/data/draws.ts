@@ -30,6 +30,9 @@ const purposes = [
   'image_dropout',
   'guidance',
   'conditioning',
+  'wildcard',
+  'offset_strength',
+  'perturbation_strength',
 ] as const;
 export type Purpose = (typeof purposes)[number];
 

@@ -5,13 +5,15 @@ import { type Draws, draws } from '../data/draws.ts';
 export interface NoiseSettings {
   /** Strength of noise that is constant over each channel; 0 for none. */
   noise_offset: number;
+  /** Draw that strength for each picture, from 0 to what is said. */
+  noise_offset_random_strength: boolean;
   /** Discount of noise at lower resolutions, level by level; 0 for none. */
   pyramid_noise: number;
 }
 
 /** The noise of one image [h, w, c], a target that the network should predict: white, offset and pyramid noise. */
 export function drawNoise(
-  { noise_offset, pyramid_noise }: NoiseSettings,
+  { noise_offset, noise_offset_random_strength, pyramid_noise }: NoiseSettings,
   shape: readonly [number, number, number],
   seed: number,
   epoch: number,
@@ -21,7 +23,8 @@ export function drawNoise(
   const noise = draws(seed, epoch, sample, 'noise').normals(h * w * c);
   if (noise_offset > 0) {
     const offset = draws(seed, epoch, sample, 'offset').normals(c);
-    for (let i = 0; i < noise.length; i++) noise[i] += noise_offset * offset[i % c];
+    const share = noise_offset_random_strength ? draws(seed, epoch, sample, 'offset_strength').uniform() : 1;
+    for (let i = 0; i < noise.length; i++) noise[i] += share * noise_offset * offset[i % c];
   }
   if (pyramid_noise > 0) addPyramid(noise, shape, pyramid_noise, draws(seed, epoch, sample, 'pyramid'));
   return noise;

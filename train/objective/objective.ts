@@ -35,10 +35,16 @@ export interface ObjectiveSettings extends NoiseSettings, HuberSettings {
   snr_gamma: number;
   /** Debiased estimation weighting (Yu et al. 2023). */
   debiased: boolean;
+  /** Weigh the loss of v as that of epsilon, by s / (s + 1) of the signal to noise ratio s; kohya's. */
+  scale_v_pred_loss_like_noise_pred: boolean;
+  /** How much of the loss of epsilon, weighed as that of v, counts besides; kohya's. */
+  v_pred_like_loss: number;
   /** Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023). */
   zero_terminal_snr: boolean;
   /** Strength of noise that the network sees and the target does not (Ning et al. 2023); 0 for none. */
   input_perturbation: number;
+  /** Draw that strength for each picture, from 0 to what is said. */
+  input_perturbation_random_strength: boolean;
   timesteps: 'uniform' | 'earlier' | 'later' | 'range' | 'cubic';
   /** Share of the timesteps that `earlier` and `later` prefer. */
   timestep_bias: number;
@@ -123,7 +129,7 @@ export function objectiveOf(
       `${asker} needs objective.prediction_type "v_prediction": at the last timestep there is nothing but noise, so predicting it teaches nothing`,
     );
   }
-  refuseTogether(settings);
+  refuseTogether({ ...settings, prediction_type });
   const { alphasCumprod } = edm ?? trainingTables(scheduler);
   const [first, last] = drawable(settings, alphasCumprod.length);
   if (last > alphasCumprod.length || first >= last)
@@ -133,13 +139,22 @@ export function objectiveOf(
   return { settings: { ...settings, prediction_type }, alphasCumprod, edm };
 }
 
-/** @throws UserError for settings that contradict each other, whatever the model */
+/** @throws UserError for settings that contradict each other, or what the model predicts */
 function refuseTogether(settings: ObjectiveSettings): void {
   if (settings.snr_gamma > 0 && settings.debiased)
     throw new UserError('objective.snr_gamma and objective.debiased are two weightings; choose one');
   if (settings.masked_loss && settings.loss === 'huber')
     throw new UserError(
       'objective.masked_loss weighs each place of a picture, and objective.loss "huber" tells of all at once; set it to "mse" or "pseudo_huber", or leave the mask out',
+    );
+  const v = settings.prediction_type === 'v_prediction';
+  if (settings.scale_v_pred_loss_like_noise_pred && !v)
+    throw new UserError(
+      'objective.scale_v_pred_loss_like_noise_pred weighs the loss of v, and the model predicts noise; leave it out, or set objective.prediction_type to "v_prediction"',
+    );
+  if (settings.v_pred_like_loss > 0 && v)
+    throw new UserError(
+      'objective.v_pred_like_loss adds a loss like that of v, which the model predicts; leave it out, or set objective.prediction_type to "epsilon"',
     );
   const [begin, end] = settings.timestep_range;
   if (begin > end)
@@ -161,12 +176,22 @@ export function noiseBatch(objective: Objective, batch: LatentBatch, seed: numbe
     noise.set(one, i * size);
     if (seen !== noise) {
       const more = draws(seed, epoch, id, 'perturbation').normals(size);
-      seen.set(weighted(1, one, objective.settings.input_perturbation, more), i * size);
+      seen.set(weighted(1, one, perturbation(objective.settings, seed, epoch, id), more), i * size);
     }
   });
   const made = addNoise(objective, { latents, shape, timesteps, noise, seen });
   if (!batch.weights) return made;
   return { ...made, weights: batch.weights.map((weight, i) => weight * (made.weights?.[i] ?? 1)) };
+}
+
+/** How strong the noise is that the network sees besides. */
+function perturbation(
+  { input_perturbation, input_perturbation_random_strength: drawn }: ObjectiveSettings,
+  seed: number,
+  epoch: number,
+  id: number,
+): number {
+  return input_perturbation * (drawn ? draws(seed, epoch, id, 'perturbation_strength').uniform() : 1);
 }
 
 /** Scaled latents, and what is drawn for them. All but the timesteps is of their shape. */
@@ -196,7 +221,8 @@ export function addNoise(
     if (target !== noise) target.set(velocity(image(latents), image(noise), abar), i * size);
   }
   if (edm?.sign === -1) target.forEach((v, i) => void (target[i] = -v));
-  const isWeighted = settings.snr_gamma > 0 || settings.debiased;
+  const { snr_gamma, debiased, scale_v_pred_loss_like_noise_pred, v_pred_like_loss } = settings;
+  const isWeighted = snr_gamma > 0 || debiased || scale_v_pred_loss_like_noise_pred || v_pred_like_loss > 0;
   const weights = isWeighted ? timesteps.map((t) => lossWeight(settings, alphasCumprod[t])) : undefined;
   const thresholdAt = (t: number) => huberThreshold(settings, t, alphasCumprod.length, alphasCumprod[t]);
   const huber_c = hasThreshold(settings) ? timesteps.map(thresholdAt) : undefined;
@@ -211,15 +237,18 @@ export function addNoise(
  * the error of v, whose square is (s + 1) / s times as large, is sqrt(s) / (s + 1). Peers put 1 / sqrt(s + 1) or
  * 1 / (s + 1) there, and some clamp s at 1000.
  */
-export function lossWeight(
-  { prediction_type, snr_gamma, debiased }: ObjectiveSettings,
-  abar: number,
-): number {
+export function lossWeight(settings: ObjectiveSettings, abar: number): number {
+  const { prediction_type, snr_gamma, debiased, scale_v_pred_loss_like_noise_pred, v_pred_like_loss } =
+    settings;
   const s = signalToNoise(abar);
   const v = prediction_type === 'v_prediction';
-  if (debiased) return v ? Math.sqrt(s) / (s + 1) : 1 / Math.sqrt(s);
-  if (snr_gamma > 0) return v ? Math.min(s, snr_gamma) / (s + 1) : Math.min(1, snr_gamma / s);
-  return 1;
+  // s / (s + 1), s at most 1000, as kohya's.
+  const ofV = Math.min(s, 1000) / (Math.min(s, 1000) + 1);
+  const more =
+    (scale_v_pred_loss_like_noise_pred ? ofV : 1) * (v_pred_like_loss > 0 ? 1 + v_pred_like_loss / ofV : 1);
+  if (debiased) return more * (v ? Math.sqrt(s) / (s + 1) : 1 / Math.sqrt(s));
+  if (snr_gamma > 0) return more * (v ? Math.min(s, snr_gamma) / (s + 1) : Math.min(1, snr_gamma / s));
+  return more;
 }
 
 /** How many times likelier a preferred timestep is; diffengine's default. */

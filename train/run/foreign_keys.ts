@@ -71,6 +71,7 @@ export const foreignKeys: Readonly<Record<string, string | readonly string[]>> =
   min_snr_gamma: 'objective.snr_gamma',
   debiased_estimation_loss: 'objective.debiased',
   ip_noise_gamma: 'objective.input_perturbation',
+  ip_noise_gamma_random_strength: 'objective.input_perturbation_random_strength',
   multires_noise_discount: 'objective.pyramid_noise',
   multires_noise_iterations: 'objective.pyramid_noise',
   timestep_bias_strategy: 'objective.timesteps',

@@ -227,6 +227,8 @@ export interface Run {
     caption_dropout_rate: number;
     caption_tag_dropout_rate: number;
     shuffle_caption: boolean;
+    /** Of `{one|another}` in a caption one is drawn, in each epoch anew; `{{` and `}}` are braces. */
+    enable_wildcard: boolean;
     keep_tokens: number;
     keep_tokens_separator: string;
     caption_separator: string;
