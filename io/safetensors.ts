@@ -22,7 +22,7 @@ export interface TensorEntry {
   name: string;
   dtype: DType;
   shape: readonly number[];
-  /** Raw little-endian bytes, or how to make them when their turn to be written comes. */
+  /** Raw little-endian bytes, or how to make them when their turn to be written comes: they are good until the next tensor's are made. */
   bytes: Uint8Array | (() => Uint8Array);
 }
 

@@ -56,8 +56,8 @@ export interface TensorFile {
   inFile?(name: string): FilePlace | undefined;
   /** As `read`, into `target`, which is exactly as long as the tensor. */
   readInto(name: string, target: Uint8Array): void;
-  /** The tensor's bytes as they lie in the file. */
-  stored(name: string): Uint8Array;
+  /** The tensor's bytes as they lie in the file, in fresh memory or in `room`. */
+  stored(name: string, room?: Room): Uint8Array;
   close(): void;
 }
 
@@ -69,7 +69,7 @@ export const renamed = (file: TensorFile, names: ReadonlyMap<string, string>): T
     tensors: new Map([...names].map(([key, name]) => [key, file.tensors.get(name) as TensorInfo])),
     read: (key, room) => file.read(nameOf(key), room),
     inFile: (key) => file.inFile?.(nameOf(key)),
-    stored: (key) => file.stored(nameOf(key)),
+    stored: (key, room) => file.stored(nameOf(key), room),
     readInto: (key, target) => file.readInto(nameOf(key), target),
   };
 };
@@ -96,6 +96,8 @@ export function openTensorFile(
     throw asUserError(error, path);
   }
 }
+
+const freshRoom: Room = (bytes) => new Uint8Array(bytes);
 
 function tensorFile(path: string, fd: number, stamp: string, header: Header): TensorFile {
   let open = true;
@@ -124,14 +126,14 @@ function tensorFile(path: string, fd: number, stamp: string, header: Header): Te
       const { type, offset } = find(name);
       return type.decode ? undefined : { fd, offset };
     },
-    read: (name, room = (bytes) => new Uint8Array(bytes)) => {
+    read: (name, room = freshRoom) => {
       const target = room(readBytes(find(name)));
       readInto(name, target);
       return target;
     },
-    stored(name) {
+    stored(name, room = freshRoom) {
       const { offset, bytes } = find(name);
-      const target = new Uint8Array(bytes);
+      const target = room(bytes);
       readFully(path, fd, target, offset);
       return target;
     },

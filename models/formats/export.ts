@@ -13,9 +13,10 @@ import { replaceInTurns } from '../../io/files.ts';
 import { copyFolder, newFolderInTurns } from '../../io/folders.ts';
 import { isGguf, openGguf } from '../../io/gguf.ts';
 import { bytesOf, openSafetensors, type TensorEntry, writeSafetensorsInTurns } from '../../io/safetensors.ts';
+import type { Room } from '../../io/tensor_file.ts';
 import { type Json, type ModelSource, openModel } from '../checkpoint/checkpoint.ts';
 import { saveShardsInTurns, writeJson } from '../checkpoint/save.ts';
-import { matchParameters, misfit, type WeightSource } from '../checkpoint/weights.ts';
+import { matchParameters, misfit, reusedRoom, type WeightSource } from '../checkpoint/weights.ts';
 import { pipelineIndex } from '../control/inpainting.ts';
 import { isInstructPix2Pix } from '../control/instruct_pix2pix.ts';
 import { isEDM } from '../samplers/config.ts';
@@ -87,6 +88,7 @@ export class Outgoing {
   readonly hashes = new Map<string, string>();
   readonly #request: ExportRequest;
   readonly #open: WeightSource[] = [];
+  readonly #room = reusedRoom();
 
   constructor(request: ExportRequest) {
     this.#request = request;
@@ -104,7 +106,7 @@ export class Outgoing {
       const from = weights.info(spelling)?.dtype as FloatDType;
       const dtype = this.#request.dtype ?? from;
       const shape = parameters.get(name)?.shape ?? [];
-      return { name, dtype, shape, bytes: () => converted(weights, spelling, from, dtype) };
+      return { name, dtype, shape, bytes: () => converted(weights, spelling, from, dtype, this.#room) };
     });
   }
 
@@ -133,12 +135,18 @@ export class Outgoing {
 const sha256 = (bytes: Uint8Array | string): string => createHash('sha256').update(bytes).digest('hex');
 
 /** @throws UserError where float16 would turn a weight into infinity */
-function converted(weights: WeightSource, name: string, from: FloatDType, to: FloatDType): Uint8Array {
+function converted(
+  weights: WeightSource,
+  name: string,
+  from: FloatDType,
+  to: FloatDType,
+  room: Room,
+): Uint8Array {
   if (!isFloat(from)) {
     weights.bytes(name); // tells of a type that is not read at all
     throw new UserError(`${weights.where}: tensor ${name} is ${from}, not a float type`);
   }
-  return from === to ? weights.bytes(name) : encodeWeight(weights, name, weights.floats(name), to);
+  return from === to ? weights.bytes(name, room) : encodeWeight(weights, name, weights.floats(name), to);
 }
 
 /** A weight's numbers in a type. @throws UserError where float16 would turn one into infinity */
@@ -270,9 +278,10 @@ export function* compareHashes(
   hashes: ReadonlyMap<string, string>,
 ): Generator<void, void> {
   const file = isGguf(path) ? openGguf(path) : openSafetensors(path);
+  const room = reusedRoom();
   try {
     for (const name of file.tensors.keys()) {
-      if (sha256(file.stored(name)) !== hashes.get(`${scope}/${name}`))
+      if (sha256(file.stored(name, room)) !== hashes.get(`${scope}/${name}`))
         throw new UserError(`${path}: tensor ${name} reads back other than it was written; check the disk`);
       yield;
     }

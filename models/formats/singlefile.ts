@@ -174,8 +174,10 @@ export function translated(file: TensorFile, origin: (key: string) => Origin): W
     },
     bytes,
     inFile(key) {
-      const { name, third, transposed } = origin(key);
-      return third === undefined && !transposed ? file.inFile?.(name) : undefined;
+      const { name, third = 0, transposed } = origin(key);
+      const whole = transposed ? undefined : file.inFile?.(name);
+      const length = (file.tensors.get(name)?.bytes ?? 0) / 3;
+      return whole && { ...whole, offset: whole.offset + third * length };
     },
     floats: (key) => decodeFloats(bytes(key), find(key)?.stored.dtype ?? 'float32'),
     close: () => file.close(),

@@ -43,6 +43,6 @@ function fused(name: string, group: { from: Origin; entry: TensorEntry }[]): Ten
     name,
     dtype,
     shape: [shape[0] * thirds.length, ...shape.slice(1)],
-    bytes: () => Buffer.concat(thirds.map(bytesOf)),
+    bytes: () => Buffer.concat(thirds.map((third) => bytesOf(third).slice())),
   };
 }
