@@ -63,16 +63,32 @@ export function loadTokenizer(folder: string): Tokenizer {
   const optional = (name: string) => (existsSync(at(name)) ? readJsonObject(at(name)) : {});
   const config = { ...optional('special_tokens_map.json'), ...optional('tokenizer_config.json') };
   if (existsSync(at('tokenizer.json')) && !existsSync(at('vocab.json')))
-    return loadTokenizerJson(readJsonObject(at('tokenizer.json')), config, at('tokenizer.json'));
+    return loadTokenizerJson(readLately(at('tokenizer.json')), config, at('tokenizer.json'));
   const present = (name: string): string => {
     if (existsSync(at(name))) return at(name);
     throw new UserError(`${folder} has no ${name}; the model is incomplete, download it again`);
   };
-  const vocab = readJsonObject(present('vocab.json')) as Record<string, number>;
+  const vocab = readLately(present('vocab.json')) as Record<string, number>;
   const merges = readText(present('merges.txt'));
   // Where there are none to merge there is a version line yet; without any the words would be read letter by letter.
   if (merges.trim() === '') throw new UserError(`${at('merges.txt')} is empty: download it again`);
   return loadTokenizerFiles(vocab, merges, config, folder);
+}
+
+const lately = new Map<string, Record<string, unknown>>();
+
+/**
+ * JSON, which is one object where it is one text: SDXL's two tokenizers have one vocabulary, and a run opens its model several times. The
+ * two that came last are kept.
+ */
+function readLately(path: string): Record<string, unknown> {
+  const text = readText(path);
+  const known = lately.get(text) ?? readJsonObject(path);
+  lately.delete(text);
+  lately.set(text, known);
+  const [oldest] = lately.keys();
+  if (lately.size > 2) lately.delete(oldest);
+  return known;
 }
 
 /** The part of tokenizer.json that is not the same for all of CLIP's tokenizers. */
@@ -121,9 +137,28 @@ export function loadTokenizerFiles(
     pad: special(config.pad_token, '<|endoftext|>'),
     length: lengthOf(config, where),
   };
-  const encoder = new BytePairEncoder(vocab, merges, special(config.unk_token, '<|endoftext|>'), where);
+  const { encoder, strings } = prepared(vocab, merges, special(config.unk_token, '<|endoftext|>'), where);
   const tokens = specialTokens(config).map((token) => ({ ...token, ids: [special(token.content, '')] }));
-  return clipTokenizer(encoder, tokens, layout, tokenStrings(vocab));
+  return clipTokenizer(encoder, tokens, layout, strings);
+}
+
+interface Prepared {
+  merges: string;
+  unknown: number;
+  encoder: BytePairEncoder;
+  strings: readonly string[];
+}
+
+const preparedOf = new WeakMap<object, Prepared>();
+
+/** What takes the time of opening a tokenizer, done once for a vocabulary. */
+function prepared(vocab: Record<string, number>, merges: string, unknown: number, where: string): Prepared {
+  const known = preparedOf.get(vocab);
+  if (known?.merges === merges && known.unknown === unknown) return known;
+  const encoder = new BytePairEncoder(vocab, merges, unknown, where);
+  const made = { merges, unknown, encoder, strings: tokenStrings(vocab) };
+  preparedOf.set(vocab, made);
+  return made;
 }
 
 /** @throws UserError for a token's setting that is neither its text nor an object with that */
