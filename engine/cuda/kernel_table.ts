@@ -48,13 +48,23 @@ interface LoadedModule {
   readonly manifest: Map<string, Entry>;
 }
 
+const unpacked = new Map<string, string>();
+
+/** Unpacks a file once: estimates of memory open one stand-in after the other. */
+const readOnce: typeof readPtx = (family, dtype) => {
+  const key = `${family}_${dtype}`;
+  const ptx = unpacked.get(key) ?? readPtx(family, dtype);
+  unpacked.set(key, ptx);
+  return ptx;
+};
+
 export class KernelTable {
   readonly #api: GpuApi;
   readonly #read: typeof readPtx;
   readonly #modules = new Map<string, LoadedModule>();
   readonly #kernels = new Map<string, Loaded>();
 
-  constructor(api: GpuApi, read = readPtx) {
+  constructor(api: GpuApi, read = readOnce) {
     this.#api = api;
     this.#read = read;
   }
