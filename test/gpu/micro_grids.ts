@@ -5,8 +5,8 @@ import { type Entry, packParameters, readManifest } from '../../engine/cuda/mani
 import { type Bench, floatsFrom } from '../virtual-gpu/run_kernel.ts';
 import { sameBits } from './agreement.ts';
 import type { MicroKernel } from './micro.ts';
-import { kernel, onHopper, THREADS } from './micro_hopper.ts';
 import { integers } from './micro_matrix.ts';
+import { kernel, onHopper, THREADS } from './micro_sm90.ts';
 
 /** Rows of threads read what other blocks of the launch before wrote, and take their time before they write. */
 const CHAIN = { blocks: 256, launches: 8, shift: 1000 };
