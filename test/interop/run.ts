@@ -21,7 +21,8 @@ import { writeEDM } from '../support/edm_golden.ts';
 import { writeInpainting } from '../support/inpainting_golden.ts';
 import { writeEncoder, writeIPAdapter } from '../support/ip_adapter_golden.ts';
 import { writeT2IAdapter } from '../support/t2i_adapter_golden.ts';
-import { adapter, allCalls, argvOf, base, type Call, type Pictures } from './calls.ts';
+import { argvOf, type Call } from './call.ts';
+import { adapter, allCalls, base, type Pictures } from './calls.ts';
 import { served } from './served.ts';
 import { trained } from './trained.ts';
 

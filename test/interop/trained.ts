@@ -4,7 +4,8 @@ import { cpSync, mkdirSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { packageRoot } from '../../io/package_root.ts';
 import type { RunInput } from '../../train/run/run.ts';
-import { argvOf, base, type Call, type Pictures } from './calls.ts';
+import { argvOf, type Call } from './call.ts';
+import { base, type Pictures } from './calls.ts';
 import type { Job } from './run.ts';
 
 const pictures = join(packageRoot, 'test', 'golden', 'png');
