@@ -169,9 +169,9 @@ function located(error: unknown, path: string | undefined): unknown {
 }
 
 /** Every parameter by its checkpoint key, in tree order. Gives each module and parameter its path on the way. */
-export function namedParameters(root: AnyModule, prefix = ''): Map<string, Parameter> {
+export function namedParameters(root: AnyModule): Map<string, Parameter> {
   const found = new Map<string, Parameter>();
-  visit(root, prefix.replace(/\.$/, ''), found);
+  visit(root, '', found);
   return found;
 }
 

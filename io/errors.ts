@@ -14,7 +14,7 @@ export class UserError extends Error {
 }
 
 /** The nearest of `candidates` to `word` by edit distance, or undefined when nothing is near enough to suggest. */
-export function nearest(word: string, candidates: readonly string[]): string | undefined {
+function nearest(word: string, candidates: readonly string[]): string | undefined {
   const limit = Math.max(2, Math.floor(word.length / 3));
   let best: string | undefined;
   let bestDistance = limit + 1;

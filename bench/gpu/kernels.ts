@@ -99,7 +99,7 @@ function relative(got: Tensor, want: Tensor): number {
   return Math.sqrt(apart / (size || 1));
 }
 
-export function measure(shop: Workshop, each: KernelCase): Measure {
+function measure(shop: Workshop, each: KernelCase): Measure {
   const { op, direction, name, key } = each;
   const { timer, gpu } = shop;
   const first = prepare(shop, each);

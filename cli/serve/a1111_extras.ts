@@ -36,7 +36,7 @@ const fields = {
 };
 
 /** How a request's pictures are enlarged, with A1111's defaults. @throws UserError */
-export function enlargingOf(body: Body, served: Served): Enlarging {
+function enlargingOf(body: Body, served: Served): Enlarging {
   readFields(body, fields, served.tellIgnored);
   const upscaler = (key: string): string => {
     const name = labelled(key, textOf(body[key] ?? 'None', key), ['None', ...upscalerNames(served)]);

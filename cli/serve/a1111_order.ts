@@ -226,15 +226,15 @@ function blurOf(body: Body): Settings {
 
 /** What is done under a mask and around it, with A1111's defaults for its routes. */
 function underMask(body: Body): Settings {
-  const number = (key: string, usual: number, max: number): number =>
-    numberOf(body[key] ?? usual, key, { min: 0, max, whole: true });
+  const number = (key: string, max: number): number =>
+    numberOf(body[key] ?? 0, key, { min: 0, max, whole: true });
   const invert = booleanOf(body.inpainting_mask_invert ?? false, 'inpainting_mask_invert');
   const inFull = booleanOf(body.inpaint_full_res ?? true, 'inpaint_full_res'); // "only masked"
   return {
     ...blurOf(body),
-    maskedContent: maskedContents[number('inpainting_fill', 0, maskedContents.length - 1)],
+    maskedContent: maskedContents[number('inpainting_fill', maskedContents.length - 1)],
     ...(invert ? { invertMask: true } : {}),
-    ...(inFull ? { paddingMaskCrop: number('inpaint_full_res_padding', 0, mostSide) } : {}),
+    ...(inFull ? { paddingMaskCrop: number('inpaint_full_res_padding', mostSide) } : {}),
   };
 }
 

@@ -149,7 +149,7 @@ export function attention(
   q: Tensor,
   k: Tensor,
   v: Tensor,
-  { heads, causal = false, scale }: { heads: number; causal?: boolean; scale?: number },
+  { heads, causal = false }: { heads: number; causal?: boolean },
 ): Tensor {
-  return apply(attentionOp, { q, k, v }, { heads, causal, scale: scale ?? (q.shape[2] / heads) ** -0.5 });
+  return apply(attentionOp, { q, k, v }, { heads, causal, scale: (q.shape[2] / heads) ** -0.5 });
 }

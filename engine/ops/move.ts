@@ -8,9 +8,6 @@ import { around, resolveAxis } from './reduce.ts';
 import { awkwardShapes, awkwardSizes } from './samples.ts';
 import { cast } from './unary.ts';
 
-const partsOf = <T>(t: Record<string, T>, prefix: string, count: number): (T | undefined)[] =>
-  Array.from({ length: count }, (_, i) => t[`${prefix}${i}`]);
-
 interface ConcatAttrs {
   axis: number;
   lengths: readonly number[];
@@ -42,8 +39,9 @@ const concatOp = defineOp<ConcatAttrs>({
   },
   backward(t, { axis, lengths }, launch) {
     const [outer, n, inner] = around(t.dy.shape, axis);
-    partsOf<Tensor>(t, 'dx', lengths.length).forEach((dx, i) => {
-      if (dx) launch('slice_forward', [dx, t.dy, outer, n, startOf(lengths, i), lengths[i], inner]);
+    lengths.forEach((length, i) => {
+      const dx = t[`dx${i}`];
+      if (dx) launch('slice_forward', [dx, t.dy, outer, n, startOf(lengths, i), length, inner]);
     });
   },
   reference: {
@@ -55,8 +53,9 @@ const concatOp = defineOp<ConcatAttrs>({
       });
     },
     backward(t, { axis, lengths }) {
-      partsOf(t, 'dx', lengths.length).forEach((dx, i) => {
-        eachInSlice(around(t.dy.shape, axis), startOf(lengths, i), lengths[i], (whole, part) => {
+      lengths.forEach((length, i) => {
+        const dx = t[`dx${i}`];
+        eachInSlice(around(t.dy.shape, axis), startOf(lengths, i), length, (whole, part) => {
           if (dx) dx.data[part] = t.dy.data[whole];
         });
       });

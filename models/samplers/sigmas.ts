@@ -16,7 +16,7 @@ export function hasSpacedSigmas(config: SchedulerConfig): boolean {
 }
 
 /** `steps` sigmas from `max` down to `min`, spaced as the config says. */
-export function spacedSigmas(config: SchedulerConfig, max: number, min: number, steps: number): Float64Array {
+function spacedSigmas(config: SchedulerConfig, max: number, min: number, steps: number): Float64Array {
   const [high, low] = [config.sigma_max ?? max, config.sigma_min ?? min];
   if (config.use_karras_sigmas) return karrasSigmas(high, low, steps);
   // use_lu_lambdas (Lu et al. 2022, arXiv:2206.00927) names the exponential layout, and comes before beta's.

@@ -179,7 +179,7 @@ function chunksFor(texts: readonly Weighted[], most?: number): number {
 }
 
 /** Tokens of a chunk, of SDXL's tokenizers: BOS and EOS make them 77. */
-export const CHUNK_TOKENS = 75;
+const CHUNK_TOKENS = 75;
 
 /** The most chunks of a prompt that are read. @throws UserError where `max_token_length`, given as `name`, is no multiple of 75 */
 export function mostChunks(max_token_length: number, name = 'max_token_length'): number {

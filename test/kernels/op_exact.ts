@@ -186,7 +186,7 @@ export function runExactly(
 }
 
 /** The energy of the error over that of `want`. */
-export function nmse(got: ArrayLike<number>, want: ArrayLike<number>): number {
+function nmse(got: ArrayLike<number>, want: ArrayLike<number>): number {
   let [error, norm] = [0, 0];
   for (let i = 0; i < want.length; i++) {
     error += (got[i] - want[i]) ** 2;

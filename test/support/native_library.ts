@@ -9,7 +9,7 @@ const library = findLibrary();
 /** Why there is no library, as a test's `skip`; false where there is one. */
 export const noLibrary: string | false = 'reason' in library && library.reason;
 
-export function nativePath(): string {
+function nativePath(): string {
   if ('reason' in library) throw new Error(`no native library: ${library.reason}`);
   return library.path;
 }

@@ -47,7 +47,7 @@ export function compileBlock(block: Block, machine: Machine, locate: Locate): Ch
 }
 
 /** The JavaScript of a block. */
-export function generate(block: Block, locate: Locate): string {
+function generate(block: Block, locate: Locate): string {
   const e = newEmitter(locate);
   const emit = (i: Instruction) => {
     const { opcode } = i;

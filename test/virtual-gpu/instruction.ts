@@ -8,9 +8,9 @@ import { type Bench, newBench } from './run_kernel.ts';
 export type Bits = bigint[];
 
 const sizes: Record<string, number> = { 16: 2, 32: 4, 64: 8 };
-export const sizeOf = (type: string) => sizes[type.slice(-2)];
+const sizeOf = (type: string) => sizes[type.slice(-2)];
 
-export function packed(values: Bits, bytes: number): Uint8Array {
+function packed(values: Bits, bytes: number): Uint8Array {
   const out = new Uint8Array(values.length * bytes);
   const view = new DataView(out.buffer);
   values.forEach((v, i) => {
@@ -19,7 +19,7 @@ export function packed(values: Bits, bytes: number): Uint8Array {
   return out;
 }
 
-export function unpacked(bytes: Uint8Array, size: number): Bits {
+function unpacked(bytes: Uint8Array, size: number): Bits {
   return Array.from({ length: bytes.length / size }, (_, i) => {
     let v = 0n;
     for (let b = size - 1; b >= 0; b--) v = (v << 8n) | BigInt(bytes[i * size + b]);

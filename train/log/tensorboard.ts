@@ -43,7 +43,7 @@ export function openEventFile(folder: string, now: () => number = Date.now): Eve
 }
 
 /** One TFRecord. */
-export function record(message: Uint8Array): Uint8Array {
+function record(message: Uint8Array): Uint8Array {
   const out = Buffer.alloc(16 + message.byteLength);
   out.writeBigUInt64LE(BigInt(message.byteLength), 0);
   out.writeUInt32LE(masked(out.subarray(0, 8)), 8);

@@ -29,7 +29,7 @@ export function vaeLoss(weights: VaeObjective, decoded: Tensor, pictures: Tensor
 }
 
 /** The mean over elements of (mean^2 + var - 1 - log var) / 2. */
-export function divergence(moments: Moments): Tensor {
+function divergence(moments: Moments): Tensor {
   const [mean, logvar] = [cast(moments.mean, 'float32'), cast(moments.logvar, 'float32')];
   const each = add(add(square(mean), exp(logvar)), scale(logvar, -1, -1));
   return scale(sum(each.reshape(1, each.size), 1), 0.5 / each.size);

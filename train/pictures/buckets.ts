@@ -56,7 +56,7 @@ export function nearestSize([height, width]: Size, sizes: readonly Size[]): Size
  * A picture's own size, cut to multiples of `step`: for one that its bucket would enlarge. Where that is more than the area of
  * `resolution`, as of a narrow one, it is shrunk to it first, as kohya's trainer does. A side shorter than `step` becomes that.
  */
-export function ownSize([height, width]: Size, resolution: number, step: number): Size {
+function ownSize([height, width]: Size, resolution: number, step: number): Size {
   const scale = Math.min(1, resolution / Math.sqrt(height * width));
   const side = (length: number) => Math.max(1, Math.floor((length * scale) / step)) * step;
   return [side(height), side(width)];
