@@ -1,26 +1,17 @@
 // A step recorded as a graph and replayed, on the virtual GPU: the same bits as eager runs, on memory that nobody else gets;
-// misuse is an error. The denoising loop replays too, see cuda_models.test.ts.
-import { join } from 'node:path';
+// misuse is an error. What models are recorded: cuda_recorded.test.ts.
 import { test } from 'tap';
 import { eagerStep, type Step } from '../../engine/capture.ts';
 import type { GpuApi } from '../../engine/cuda/api.ts';
-import { anyHopper, standInApi } from '../../engine/cuda/stand_in.ts';
-import { cudaDevice, type Device, openDevice } from '../../engine/device.ts';
+import { cudaDevice, type Device } from '../../engine/device.ts';
 import { noGrad } from '../../engine/grad.ts';
 import { attention } from '../../engine/ops/attention.ts';
 import { linear } from '../../engine/ops/linear.ts';
 import { concat } from '../../engine/ops/move.ts';
 import { groupNorm } from '../../engine/ops/norm.ts';
 import { scale, silu } from '../../engine/ops/unary.ts';
-import { scope, unscoped } from '../../engine/scope.ts';
+import { scope } from '../../engine/scope.ts';
 import { empty, type Tensor, tensor } from '../../engine/tensor.ts';
-import { openModel } from '../../models/checkpoint/checkpoint.ts';
-import { denoise, loadPipeline, type Progress } from '../../models/pipeline.ts';
-import { TorchGenerator } from '../../models/random/torch_random.ts';
-import { parseTextConfig, placeTokens, textEncoder } from '../../models/text/clip.ts';
-import { tokensOf } from '../../models/text/conditioning.ts';
-import { loadTokenizer } from '../../models/text/tokenizer.ts';
-import { goldenFolder } from '../support/golden.ts';
 import { values } from '../support/op_cases.ts';
 import { failingGpu } from '../virtual-gpu/failing.ts';
 import { openVirtualGpu } from '../virtual-gpu/gpu.ts';
@@ -255,101 +246,6 @@ test('where a recorded graph finds no memory at a launch, the step goes on eager
     });
     t.same([device.memory.storages, device.memory.live], [0, 0]);
   }
-  t.end();
-});
-
-test('a text encoder is recorded, as where prompts end comes with their tokens', (t) => {
-  const source = openModel(join(goldenFolder, 'tiny-sdxl'));
-  const prompts = ['a red fox', '', 'a castle on a hill in the snow', 'fog'];
-  /** The pooled vector of each prompt, by one step. */
-  const pooled = (device: Device) => {
-    const encoder = textEncoder(parseTextConfig(source.config('text_encoder_2')));
-    source.load('text_encoder_2', encoder, device, 'float32');
-    const tokenizer = loadTokenizer(source.folder('tokenizer_2'));
-    const rows = prompts.map((prompt) => tokensOf({ tokenizer, encoder }, [prompt]));
-    const [{ ids }] = rows;
-    const tokens = unscoped(() => placeTokens(encoder, ids.values, ids.shape[1], device));
-    const step = device.step(() =>
-      noGrad(() => encoder(tokens, { layer: -2, pooled: true }).pooled as Tensor),
-    );
-    const found = rows.map((row) => {
-      tokens.ids.set(row.ids.values);
-      tokens.ends.set(row.ends.values);
-      return step.run((y) => y.floats());
-    });
-    step.release();
-    return found;
-  };
-  const { device, calls } = open();
-  const [got, want] = [pooled(device), pooled(openDevice('reference'))];
-  t.equal(calls.cuGraphLaunch, 2, 'the last two are replays');
-  for (const [i, prompt] of prompts.entries()) {
-    const apart = Math.max(...want[i].map((x, j) => Math.abs(x - got[i][j])));
-    t.ok(apart < 1e-5, `"${prompt}": ${apart}`);
-  }
-  t.ok(Math.max(...want[0].map((x, j) => Math.abs(x - want[3][j]))) > 1e-2, 'prompts differ');
-  t.end();
-});
-
-/**
- * What a denoising loop on a GPU without numbers does, in order; `leaveAt` is the step after which the caller leaves, `look` at what it
- * is told of.
- */
-function denoising(scheduler: string, leaveAt = Number.POSITIVE_INFINITY, look = (_: Progress) => {}) {
-  const done: string[] = [];
-  const api = standInApi(anyHopper);
-  const queued = () => {
-    if (done.at(-1) !== 'queued') done.push('queued');
-  };
-  const device = cudaDevice({
-    ...api,
-    cuLaunchKernel(...args) {
-      queued();
-      api.cuLaunchKernel(...args);
-    },
-    cuGraphLaunch(...args) {
-      queued();
-      api.cuGraphLaunch(...args);
-    },
-    cuEventSynchronize(event) {
-      done.push('waited');
-      api.cuEventSynchronize(event);
-    },
-  });
-  const pipeline = loadPipeline(openModel(join(goldenFolder, 'tiny-sdxl')), { device, dtype: 'bfloat16' });
-  const loaded = device.memory.storages;
-  done.length = 0;
-  for (const progress of denoise(pipeline, {
-    ...{ prompt: ['a red fox'], width: 32, height: 32, num_inference_steps: 4, guidance_scale: 5 },
-    ...{ generators: [new TorchGenerator(1)], scheduler: { name: scheduler } },
-  })) {
-    done.push(`told of ${progress.step}`);
-    look(progress);
-    if (progress.step === leaveAt) break;
-  }
-  return { done: done.join(', '), held: device.memory.storages - loaded };
-}
-
-test('a GPU is at the next step of a picture while the caller is told of one', (t) => {
-  t.same(denoising('euler'), {
-    done: 'queued, waited, told of 1, queued, waited, told of 2, queued, waited, told of 3, waited, told of 4',
-    held: 0,
-  });
-  t.same(denoising('unipc', 2), { done: 'queued, waited, told of 1, queued, waited, told of 2', held: 0 });
-  const all: Progress[] = [];
-  const look = (progress: Progress) => {
-    all.push(progress);
-    t.same(progress.latents.shape, progress.predOriginalSample().shape, 'both are there still');
-  };
-  for (const scheduler of ['heun', 'dpm++2s', 'plms', 'lms', 'dpm2_a'])
-    for (const leaveAt of [3, 4, 5])
-      t.equal(denoising(scheduler, leaveAt, look).held, 0, `${scheduler}, left at ${leaveAt}`);
-  const says = {
-    name: 'UserError',
-    message: /^step 1 is past: read what it tells of before the loop goes on/,
-  };
-  t.throws(() => all[0].latents, says);
-  t.throws(() => all[0].predOriginalSample(), says);
   t.end();
 });
 
