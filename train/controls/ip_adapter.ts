@@ -44,7 +44,7 @@ export const saidFor = ({ ip_adapter }: Run, { path }: IPAdapterBegin): Said =>
     ? 'penultimate'
     : 'image_embeds';
 
-const visionConfig = ({ imageEncoder }: IPAdapterBegin): VisionConfig =>
+export const visionConfig = ({ imageEncoder }: IPAdapterBegin): VisionConfig =>
   parseVisionConfig(imageEncoder.config('image_encoder'));
 
 export function openImageEncoder(begin: IPAdapterBegin, device: Device, dtype: FloatDType): VisionEncoder {
