@@ -227,6 +227,7 @@ async function trainOne(
   const { lr } = run.optimizer;
   if (checkpoint)
     report.line(`resuming from ${checkpoint}${before === lr ? '' : `, with lr ${lr} instead of ${before}`}`);
+  if (resume === true && !checkpoint) report.line(`no checkpoint in ${run.output} yet: beginning anew`);
   const stop: { asked: boolean; by?: NodeJS.Signals } = { asked: false };
   const ask = (signal: NodeJS.Signals): void => {
     Object.assign(stop, { asked: true, by: signal });

@@ -16,7 +16,8 @@ import { folder, model, refuses, runFile, sound } from '../support/run_files.ts'
 
 test('a finished run goes on where more is asked of it, at another learning rate if that is asked', async (t) => {
   const file = runFile('longer', { checkpoints: { every_steps: 1, keep: 2 } });
-  await sdxl('train', file, '--quiet');
+  const first = await sdxl('train', file, '--quiet', '--resume');
+  t.match(first.err, /no checkpoint in .*longer-out yet: beginning anew\n/);
   const [output, aside] = [join(folder, 'longer-out'), join(folder, 'longer-aside')];
   const final = join(output, 'final');
   cpSync(final, aside, { recursive: true });
