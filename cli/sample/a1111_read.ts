@@ -26,8 +26,11 @@ export interface Parameters {
   further: { text: string; option?: keyof SampleOptions }[];
 }
 
-/** What a1111_write.ts has quoted, as all of a value: other texts may have quotation marks. */
-const quotedText = /(?<=: )"(?:[^"\\]|\\.)*"(?=,|$)/g;
+/**
+ * What a1111_write.ts has quoted, as all of a value: other texts may have quotation marks. Without a choice for each letter, of which a
+ * picture's text may have millions.
+ */
+const quotedText = /(?<=: )"[^"\\]*(?:\\.[^"\\]*)*"(?=,|$)/g;
 
 /** What was written so; what is no JSON is the text itself. */
 export function unquoted(text: string | undefined): string | undefined {

@@ -14,6 +14,7 @@ import { parseSchedulerConfig } from '../../models/samplers/config_checks.ts';
 import { type PromptEmbeds, type Prompts, textKey } from '../../models/text/conditioning.ts';
 import { loadTextualInversion } from '../../models/text/textual_inversion.ts';
 import { parseUNetConfig } from '../../models/unet/unet.ts';
+import { inOneLine } from '../terminal.ts';
 import { type SampleOptions, textualInversionOf } from './options.ts';
 import { plannedSecond } from './request.ts';
 
@@ -47,7 +48,7 @@ export function onceOf(warn: (line: string) => void) {
       told.add(text);
       before?.();
       warn(
-        `the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${text}"`,
+        `the prompt has more tokens than are read; this part was cut off (--max-token-length reads more): "${inOneLine(text)}"`,
       );
     }
   };

@@ -30,7 +30,7 @@ interface Reading extends Pass {
   known: Map<number, Read | undefined>;
 }
 
-const plain = /(?:[^\\[\]():|]|\\[^\n])+/y;
+const plain = /(?:[^\\[\]():|]+|\\[^\n])+/y;
 const when = /:\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*\]/iy;
 
 /** The most brackets within each other; those further in are text. */

@@ -95,6 +95,13 @@ test('what else made a picture is told', (t) => {
   t.end();
 });
 
+test('a quoted text as long as a file', (t) => {
+  const long = 'a'.repeat(2e7); // more letters than a stack has room for choices
+  const { settings } = readParameters(`fox\nSteps: 3, Hires prompt: "${long}", Hires upscale: 2`);
+  t.equal(settings.hiresPrompt?.toString().length, 2e7);
+  t.end();
+});
+
 test('a second pass over the picture enlarged', (t) => {
   for (const [fields, settings] of [
     [

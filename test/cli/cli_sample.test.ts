@@ -294,6 +294,9 @@ test('a long prompt is told of, or read', async (t) => {
   const args = small(prompt);
   const cut = await run(...args, '--output', out);
   t.match(cut.err, /this part was cut off \(--max-token-length reads more\): ".*fox/);
+  const much = await run(...small('fox '.repeat(1000)), '--output', out);
+  t.match(much.err, /"(fox ){100,150}/, 'of much, its begin');
+  t.ok(much.err.length < 800, `${much.err.length} letters`);
   const whole = await run(...args, '--max-token-length', '150', '--output', out);
   t.equal(whole.status, 0);
   t.notMatch(whole.err, /cut off/);

@@ -42,6 +42,8 @@ test('a prompt that is all brackets takes no longer than it is long', (t) => {
   const number = `[a:${'1'.repeat(30_000)}`;
   t.same(promptSchedule(number, { calls: 30 }), [{ end: 30, text: number }]);
   t.ok(process.cpuUsage().user - began < 2e6, 'a number that nothing closes');
+  const endless = 'a'.repeat(2e7); // more letters than a stack has room for choices
+  t.equal(promptSchedule(endless, { calls: 30 })[0].text.length, 2e7);
   const deep = (n: number) => `${'['.repeat(n)}a:b:3${']'.repeat(n)}`;
   t.equal(promptSchedule(deep(90), { calls: 9 }).length, 2);
   const far = promptSchedule(`${'('.repeat(5000)}[a:b:3]${')'.repeat(5000)}`, { calls: 9 });
