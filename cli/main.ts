@@ -68,6 +68,18 @@ const commands: readonly CommandFile[] = [
 /** Commands whose options docs/coming_from.md has under other programs' names. */
 const translated = ['sample', 'grid', 'serve', 'train', 'export'];
 
+/** A variable of a shell that is not set leaves nothing behind a flag, which is not to be as if the flag were not there. @throws UserError */
+function refuseEmpty(command: Command): void {
+  const empty = command.registeredArguments[command.args.indexOf('')];
+  if (empty) throw new UserError(`${empty.name()} is given nothing: write it behind "${command.name()}"`);
+  for (const option of command.options) {
+    const [, kind] = /<(.+)>/.exec(option.flags) ?? [];
+    const given = [command.getOptionValue(option.attributeName())].flat();
+    if (kind !== undefined && kind !== 'TEXT' && given.includes(''))
+      throw new UserError(`${option.long} is given nothing: write ${kind} behind it, or leave it out`);
+  }
+}
+
 /** Runs one command line and returns the exit status. */
 export async function main(argv: readonly string[], terminal: Terminal = ownTerminal()): Promise<number> {
   const program = new Command('sdxl')
@@ -76,7 +88,8 @@ export async function main(argv: readonly string[], terminal: Terminal = ownTerm
     .showHelpAfterError('(run with --help to see every option)')
     .configureHelp({ minWidthToWrap: 30 }) // beside the longest flag, in 80 columns
     .exitOverride()
-    .configureOutput({ writeOut: terminal.out, writeErr: terminal.err });
+    .configureOutput({ writeOut: terminal.out, writeErr: terminal.err })
+    .hook('preAction', (_, command) => refuseEmpty(command));
   const called = argv[0] === 'help' ? argv[1] : argv[0];
   try {
     for (const { usage, description, load } of commands) {

@@ -195,6 +195,20 @@ test('mistakes', async (t) => {
   rmSync(folder, { recursive: true });
 });
 
+test('an empty variable of a shell is told of', async (t) => {
+  const drawn = ['sample', '--model', model, '--prompt', 'a', '--output', join(scratch(), 'none.png')];
+  for (const [argv, sentence] of [
+    [[...drawn, '--image', ''], /^error: --image is given nothing: write FILE behind it, or leave it out\n$/],
+    [[...drawn, '--unet', ''], /^error: --unet is given nothing: write DIR\|FILE\|HUB_ID behind it/],
+    [[...drawn, '--lora', 'a', '--lora', ''], /^error: --lora is given nothing/],
+    [['export', model, ''], /^error: OUT is given nothing: write it behind "export"\n$/],
+  ] as const) {
+    const { status, err } = await run(...argv);
+    t.equal(status, 2, argv.join(' '));
+    t.match(err, sentence);
+  }
+});
+
 test('help loads no command: it answers at once', (t) => {
   const seen = new Set<string>();
   const visit = (file: string) => {

@@ -53,7 +53,7 @@ test('mistakes', async (t) => {
       ['--pag-scale', '3', '--pag-applied-layers', 'down_blocks.0'],
       /"down_blocks\.0" names no self-attention/,
     ],
-    [['--pag-scale', '3', '--pag-applied-layers', ''], /"" names no self-attention/],
+    [['--pag-scale', '3', '--pag-applied-layers', 'up,'], /"up," names no self-attention/],
   ]);
   const pipeline = pipelineOf('text2img', openDevice('cpu'));
   for (const [more, says] of [
