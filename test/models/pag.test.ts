@@ -59,6 +59,7 @@ test('mistakes', async (t) => {
   for (const [more, says] of [
     [{ pag_scale: -1 }, /pag_scale is -1: give a number from 0/],
     [{ pag_scale: 3, pag_applied_layers: [] }, /pag_applied_layers is \[\]: give a text, or a list of texts/],
+    [{ pag_scale: 3, pag_applied_layers: '' }, /"" names no self-attention/],
     [
       { pag_scale: 3, guess_mode: true },
       /guess_mode \(--guess-mode\) and pag_scale \(--pag-scale\) do not go together/,
