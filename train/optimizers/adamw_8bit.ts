@@ -1,7 +1,7 @@
 // AdamW with moments of one byte (Dettmers et al. 2022), as bitsandbytes' AdamW8bit: a quarter of AdamW's state. Parameters
 // of fewer than 4096 elements keep float32 moments, as there. Blocks are of a weight as it lies in memory: a convolution's are
-// others than in bitsandbytes, which has its channels first. Weights decay before the
-// step, as AdamW's, where its CUDA kernels shrink the step with them.
+// others than in bitsandbytes, which has its channels first. Weights decay before the step, as AdamW's, where its CUDA kernels
+// shrink the step with them.
 import { adamw8bitStep, blocksOf } from '../../engine/ops/adamw_8bit.ts';
 import { adamw } from './adamw.ts';
 import type { Rule } from './rule.ts';
