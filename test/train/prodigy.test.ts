@@ -5,9 +5,11 @@ import { test } from 'tap';
 import { openDevice } from '../../engine/device.ts';
 import { requireGrad } from '../../engine/grad.ts';
 import { Parameter } from '../../engine/module.ts';
+import { update } from '../../engine/op.ts';
+import { prodigyStep } from '../../engine/ops/prodigy.ts';
 import { standInCuda } from '../../engine/profile.ts';
-import { keep } from '../../engine/scope.ts';
-import { empty } from '../../engine/tensor.ts';
+import { keep, scope } from '../../engine/scope.ts';
+import { empty, tensor } from '../../engine/tensor.ts';
 import { readLog } from '../../train/log/log.ts';
 import { createOptimizer } from '../../train/optimizers/create.ts';
 import { allClose } from '../support/golden.ts';
@@ -53,6 +55,19 @@ test('an update whose gradients are all zero finds nothing', (t) => {
     const begin = [...parametersOn(on, 'float32').values()].flatMap((p) => [...p.tensor.floats()]);
     t.same(weights, begin, `nor does weight decay move anything, ${on.name}`);
   }
+  t.end();
+});
+
+test('a decay of 1e-7 is that on average, and no multiple of what is next to 1', (t) => {
+  scope(() => {
+    const begin = Float32Array.from({ length: 4096 }, (_, i) => 1 + i / 4096);
+    const of = (values: ArrayLike<number>) => tensor(values, [values.length], { device: cpu });
+    const [weight, none] = [of(begin), new Float32Array(4096)];
+    const tensors = { weight, exp_avg: of(none), exp_avg_sq: of(none), d: of([1, 1, 0, 1]) };
+    update([prodigyStep(tensors, { dlr: 1e-4, weightDecay: 1e-3, eps: 1e-8 })]);
+    const mean = weight.floats().reduce((sum, w, i) => sum + (begin[i] - w) / begin[i] / 4096, 0);
+    t.ok(Math.abs(mean - 1e-7) < 1e-8, `${mean}`);
+  });
   t.end();
 });
 
