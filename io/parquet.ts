@@ -22,11 +22,6 @@ const keptGroups = 2;
 
 /** Opens a parquet file and reads its footer. @throws UserError when it is missing or not parquet */
 export async function openParquet(path: string): Promise<ParquetTable> {
-  // Imported late: most commands never read a table.
-  const { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } = await import(
-    'hyparquet'
-  );
-  const { pageChecks } = await import('./parquet_pages.ts');
   const told = async <T>(work: () => Promise<T>): Promise<T> => {
     try {
       return await work();
@@ -34,49 +29,10 @@ export async function openParquet(path: string): Promise<ParquetTable> {
       throw parquetError(error, path);
     }
   };
-  const { file, metadata, columns, check } = await told(async () => {
-    const opened = await asyncBufferFromFile(path);
-    const footer = await parquetMetadataAsync(opened);
-    const schema = parquetSchema(footer);
-    checkFooter(footer, schema);
-    return {
-      file: opened,
-      metadata: footer,
-      columns: schema.children.map(({ element }) => element.name),
-      check: pageChecks(footer, compressors),
-    };
-  });
-  const read = async (column: string, rowStart: number, rowEnd: number): Promise<unknown[]> => {
-    const checked: AsyncBuffer = {
-      byteLength: file.byteLength,
-      async slice(start, end) {
-        const bytes = await file.slice(start, end);
-        check(column, bytes, start);
-        return bytes;
-      },
-    };
-    const options = {
-      file: checked,
-      metadata,
-      rowStart,
-      rowEnd,
-      columns: [column],
-      compressors,
-      utf8: false,
-    };
-    const rows = await told(() => parquetReadObjects({ ...options, useOffsetIndex: true }));
-    return rows.map((row) => row[column]);
-  };
+  const { metadata, columns, readRows } = await told(() => open(path));
+  const read: Read = (...asked) => told(() => readRows(...asked));
   const groups = groupsOf(metadata);
-  const kept = new Map<string, Promise<unknown[]>>();
-  const readGroup = (column: string, start: number, end: number): Promise<unknown[]> => {
-    const key = `${column} ${start}`;
-    const found = kept.get(key) ?? read(column, start, end);
-    kept.delete(key);
-    kept.set(key, found); // the youngest is last
-    for (const old of [...kept.keys()].slice(0, -keptGroups)) kept.delete(old);
-    return found;
-  };
+  const readGroup = keepingLast(read);
   const rows = Number(metadata.num_rows);
   return {
     path,
@@ -89,6 +45,50 @@ export async function openParquet(path: string): Promise<ParquetTable> {
       if (group.indexed.has(column)) return (await read(column, row, row + 1))[0];
       return (await readGroup(column, group.start, group.end))[row - group.start];
     },
+  };
+}
+
+/** Rows of a column, from the first on and before the last. */
+type Read = (column: string, rowStart: number, rowEnd: number) => Promise<unknown[]>;
+
+/** What a file's footer says, and how its rows are read, whose pages are checked first. */
+async function open(path: string): Promise<{ metadata: FileMetaData; columns: string[]; readRows: Read }> {
+  // Imported late: most commands never read a table.
+  const { asyncBufferFromFile, parquetMetadataAsync, parquetReadObjects, parquetSchema } = await import(
+    'hyparquet'
+  );
+  const { pageChecks } = await import('./parquet_pages.ts');
+  const file = await asyncBufferFromFile(path);
+  const metadata = await parquetMetadataAsync(file);
+  const schema = parquetSchema(metadata);
+  checkFooter(metadata, schema);
+  const check = pageChecks(metadata, compressors);
+  const readRows: Read = async (column, rowStart, rowEnd) => {
+    const checked: AsyncBuffer = {
+      byteLength: file.byteLength,
+      async slice(start, end) {
+        const bytes = await file.slice(start, end);
+        check(column, bytes, start);
+        return bytes;
+      },
+    };
+    const asked = { rowStart, rowEnd, columns: [column], utf8: false, useOffsetIndex: true };
+    const rows = await parquetReadObjects({ file: checked, metadata, compressors, ...asked });
+    return rows.map((row) => row[column]);
+  };
+  return { metadata, columns: schema.children.map(({ element }) => element.name), readRows };
+}
+
+/** `read` of row groups, of which the last ones are kept. */
+function keepingLast(read: Read): Read {
+  const kept = new Map<string, Promise<unknown[]>>();
+  return (column, start, end) => {
+    const key = `${column} ${start}`;
+    const found = kept.get(key) ?? read(column, start, end);
+    kept.delete(key);
+    kept.set(key, found); // the youngest is last
+    for (const old of [...kept.keys()].slice(0, -keptGroups)) kept.delete(old);
+    return found;
   };
 }
 
