@@ -6,14 +6,14 @@ import type { Socket } from 'node:net';
 
 const MOST_CONNECTIONS = 256;
 
-/** What a connection has asked last. */
-interface Asked {
+/** What a connection has asked last, and its answer. */
+interface Exchange {
   request: IncomingMessage;
   response: ServerResponse;
 }
 
 export function limitConnections(server: Server): void {
-  const connections = new Map<Socket, Asked | undefined>();
+  const connections = new Map<Socket, Exchange | undefined>();
   server.on('connection', (socket: Socket) => {
     if (connections.size >= MOST_CONNECTIONS) {
       const ended = leastOf(connections);
@@ -30,7 +30,7 @@ export function limitConnections(server: Server): void {
 }
 
 /** The connection that is missed least; undefined where all are being answered. They are in the order in which they came. */
-function leastOf(connections: ReadonlyMap<Socket, Asked | undefined>): Socket | undefined {
+function leastOf(connections: ReadonlyMap<Socket, Exchange | undefined>): Socket | undefined {
   let least: Socket | undefined;
   for (const [socket, asked] of connections) {
     if (!asked) return socket;
