@@ -103,20 +103,31 @@ export function checkedLoad(source: ModelSource, given: Partial<LoadOptions> = {
   return options as LoadOptions;
 }
 
-/** The UNet reads the text encoders' features side by side; a refiner's are of text_encoder_2 alone. */
+/**
+ * The UNet reads the text encoders' features side by side, a refiner's are of text_encoder_2 alone; and the last one's pooled vector
+ * beside `ids` embedded sizes. @throws UserError where it takes others than they give
+ */
 export function checkTexts(
   source: ModelSource,
-  { cross_attention_dim: taken }: UNetConfig,
+  unet: UNetConfig,
   configs: readonly TextConfig[],
+  ids: number,
 ): void {
-  const given = configs.reduce((sum, { hidden_size }) => sum + hidden_size, 0);
-  if (given === taken) return;
   const { path } = source;
-  throw new UserError(
-    source.has('text_encoder')
-      ? `the UNet of ${path} takes ${taken} features of text and its text encoders give ${given}; take all of them from one model`
-      : `${path} has no text_encoder, and its UNet takes ${taken} features of text, of which text_encoder_2 gives ${given}; the model is incomplete, download it again`,
-  );
+  const taken = unet.cross_attention_dim;
+  const given = configs.reduce((sum, { hidden_size }) => sum + hidden_size, 0);
+  if (given !== taken)
+    throw new UserError(
+      source.has('text_encoder')
+        ? `the UNet of ${path} takes ${taken} features of text and its text encoders give ${given}; take all of them from one model`
+        : `${path} has no text_encoder, and its UNet takes ${taken} features of text, of which text_encoder_2 gives ${given}; the model is incomplete, download it again`,
+    );
+  const { projection_class_embeddings_input_dim: all, addition_time_embed_dim: each } = unet;
+  const pooled = configs.at(-1)?.projection_dim;
+  if (pooled !== undefined && pooled + ids * each !== all)
+    throw new UserError(
+      `the UNet of ${path} takes ${all} numbers beside the prompt ("projection_class_embeddings_input_dim"), where text_encoder_2 gives ${pooled} and ${ids} sizes ${each} each ("addition_time_embed_dim"); take config and weights from one model`,
+    );
 }
 
 /** @throws UserError for a VAE whose latents the UNet does not take */

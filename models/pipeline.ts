@@ -142,8 +142,8 @@ function checkedParts(source: ModelSource, { ipAdapter }: LoadOptions) {
     throw new UserError(`${source.path} has no text_encoder_2; is it an SDXL model?`);
   const unetConfig = parseUNetConfig(source.config('unet'));
   const textConfigs = components.map((name) => parseTextConfig(source.config(name)));
-  checkTexts(source, unetConfig, textConfigs);
   const aesthetic = source.modelIndex.requires_aesthetics_score === true;
+  checkTexts(source, unetConfig, textConfigs, aesthetic ? 5 : 6);
   if (aesthetic && ipAdapter?.length)
     throw new UserError(
       `${source.path} is a refiner, for which there are no IP-Adapters; use them with the base`,

@@ -220,6 +220,11 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
       [/takes 80 features of text and its text encoders give 96; take all of them from one model/],
     ],
     [
+      "another model's widths of embedded sizes",
+      telling('unet/config.json', { addition_time_embed_dim: 32 }),
+      [/takes 136 numbers beside the prompt .* where text_encoder_2 gives 40 and 6 sizes 32 each/],
+    ],
+    [
       'a tokenizer of longer prompts',
       telling('tokenizer_2/tokenizer_config.json', { model_max_length: 248 }),
       [/tokenizer_2 makes 248 tokens of a prompt, and its text encoder takes 77: correct model_max_length/],
