@@ -135,7 +135,7 @@ test('mistakes and failures leave a pipeline that can be set again', (t) => {
         if (fails && name.startsWith('up_blocks.1')) throw new UserError('the disk failed');
         return weights.bytes(name, room);
       };
-      return { ...weights, bytes };
+      return { ...weights, inFile: undefined, bytes };
     },
   };
   const pipeline = load([{ path: both }], {}, failing);
