@@ -1,4 +1,4 @@
-// What users of stable-diffusion.cpp, A1111 and diffusers type for flags of `sdxl sample` that have a shorter or another name here;
+// What users of stable-diffusion.cpp, A1111 and diffusers type for flags of `sdxl sample` and `sdxl serve` that have a shorter or another name here;
 // docs/coming_from.md has the rest.
 
 /** Other programs' words for our flags. */
@@ -12,6 +12,7 @@ const aliases: Readonly<Record<string, string>> = {
   '--num-images-per-prompt': '--num-images',
   '--taesd': '--tae',
   '--diffusion-model': '--unet',
+  '--port': '--listen-port',
 };
 
 /** The command line with other programs' flags (`--flag value` and `--flag=value`) put into ours. */

@@ -121,7 +121,7 @@ test('a server that cannot begin says why', async (t) => {
   writeFileSync(short, 'abc\n');
   writeFileSync(key, 'a-long-enough-key\n');
   const cases: [string[], RegExp][] = [
-    [['--listen-port', `${port}`], /port \d+ of 127.0.0.1 is taken/],
+    [['--port', `${port}`], /port \d+ of 127.0.0.1 is taken/],
     [['--listen-ip', '0.0.0.0'], /reached from other machines: give --api-key-file/],
     [['--listen-ip', '203.0.113.7', '--api-key-file', key], /cannot be listened on/],
     [['--api-key-file', join(folder, 'none.txt')], /none.txt/],
