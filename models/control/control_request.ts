@@ -34,8 +34,8 @@ export interface ControlRequest {
 }
 
 /** A ControlNet and what it is asked to do. */
-export interface Control {
-  net: AnyControlNet;
+export interface Control<N extends AnyControlNet = AnyControlNet> {
+  net: N;
   /** Of a union one. */
   mode?: number;
   image: Latents;
@@ -162,8 +162,8 @@ function checkMode(kinds: number | undefined, mode: number | undefined): void {
 }
 
 /** Controls by their ControlNet, in their order. */
-export function byNet<C extends Control>(controls: readonly C[]): Map<AnyControlNet, C[]> {
-  const groups = new Map<AnyControlNet, C[]>();
+export function byNet<C extends Control>(controls: readonly C[]): Map<C['net'], C[]> {
+  const groups = new Map<C['net'], C[]>();
   for (const control of controls) groups.set(control.net, [...(groups.get(control.net) ?? []), control]);
   return groups;
 }

@@ -35,8 +35,11 @@ import {
   openLLLite,
 } from './lllite.ts';
 
+/** A ControlNet that adds to the UNet's features. */
+export type FeatureControlNet = ControlNet | ControlNetUnion;
+
 /** A ControlNet of any kind. */
-export type AnyControlNet = ControlNet | ControlNetUnion | LLLite;
+export type AnyControlNet = FeatureControlNet | LLLite;
 
 export const isUnion = (net: AnyControlNet): net is ControlNetUnion => 'task_embedding' in net.children;
 

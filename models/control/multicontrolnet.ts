@@ -12,7 +12,7 @@ import type { Question } from '../unet/unet_encoder.ts';
 import { weights } from './control_balance.ts';
 import { byNet, type Control } from './control_request.ts';
 import { additionalResiduals } from './controlnet.ts';
-import { type AnyControlNet, isLLLite, isUnion } from './controlnet_kinds.ts';
+import { type AnyControlNet, type FeatureControlNet, isLLLite, isUnion } from './controlnet_kinds.ts';
 import { joined } from './lllite.ts';
 
 /** Whether it has a part in a call of the network, the `i`-th of `calls`. */
@@ -37,7 +37,7 @@ export function partsOf(
 }
 
 /** A Control whose picture is on the device, [1, height, width, 3]. */
-export interface PlacedControl extends Control {
+export interface PlacedControl<N extends AnyControlNet = AnyControlNet> extends Control<N> {
   picture: Tensor;
   /** What an LLLite does. */
   steering?: Steering;
@@ -47,15 +47,19 @@ export interface PlacedControl extends Control {
 export const steeringOf = (on: readonly PlacedControl[]): Steering | undefined =>
   joined(on.flatMap(({ steering }) => (steering ? [steering] : [])));
 
+type Following = PlacedControl<FeatureControlNet>;
+
+const addsToFeatures = (control: PlacedControl): control is Following => !isLLLite(control.net);
+
 /** What those that are on add to the features of the UNet that is asked the same. Guided, the negative prompts' rows come first. */
 export function residualsOf(
   running: readonly PlacedControl[],
   question: Question,
   guided: boolean,
 ): AdditionalResiduals | undefined {
-  const on = running.filter(({ net }) => !isLLLite(net));
+  const on = running.filter(addsToFeatures);
   if (on.length === 0) return undefined;
-  const ofPrompt = (each: Control) => guided && each.promptAlone;
+  const ofPrompt = (each: Following) => guided && each.promptAlone;
   const [alone, others] = [on.filter(ofPrompt), on.filter((each) => !ofPrompt(each))];
   const doubled = (x: Tensor): Tensor => concat([scale(x, 0), x], 0);
   const isBeside = byNet(on).size > 1;
@@ -70,23 +74,21 @@ const added = (given: readonly (readonly Tensor[])[]): readonly Tensor[] =>
   given.reduce((sum, more) => sum.map((x, i) => add(x, more[i])));
 
 /** What some of them give together; `beside` tells that there are other nets than one. */
-const sumOf = (controls: readonly PlacedControl[], question: Question, beside: boolean): readonly Tensor[] =>
+const sumOf = (controls: readonly Following[], question: Question, beside: boolean): readonly Tensor[] =>
   added([...byNet(controls)].flatMap(([net, group]) => givenBy(net, group, question, beside)));
 
 /** How many features it adds to, beside the middle block's output. */
-const featuresOf = (net: AnyControlNet): number =>
-  isLLLite(net) ? 0 : net.children.controlnet_down_blocks.length;
+const featuresOf = (net: FeatureControlNet): number => net.children.controlnet_down_blocks.length;
 
 /** What a ControlNet makes of its pictures, one after the other, or a union of all of them together. */
 function givenBy(
-  net: AnyControlNet,
-  controls: readonly PlacedControl[],
+  net: FeatureControlNet,
+  controls: readonly Following[],
   question: Question,
   beside: boolean,
 ): Tensor[][] {
   const weighed = (residuals: readonly Tensor[], control: Control, factor: number) =>
     residuals.map((x, i) => scaled(x, factor * weights[control.weights](i, featuresOf(net))));
-  if (isLLLite(net)) return [];
   if (!isUnion(net))
     return controls.map((control) => weighed(net(question, control.picture), control, control.scale));
   // Of several pictures in a union alone the scales are theirs.
