@@ -216,10 +216,7 @@ export async function locateControlNet(path: string, options: LocateOptions = {}
 export async function locateT2IAdapter(path: string, options: LocateOptions = {}): Promise<ModelSource> {
   const mend =
     "a T2I-Adapter's folder, its .safetensors or .gguf file or a hub id such as TencentARC/t2i-adapter-canny-sdxl-1.0";
-  const kind = {
-    ...{ what: 'T2I-Adapter', subfolder: 'adapter', mend, openFile: openT2IAdapterFile },
-    openFolder: (folder: string, variant?: string) => openComponent(folder, { variant }),
-  };
+  const kind = { what: 'T2I-Adapter', subfolder: 'adapter', mend, openFile: openT2IAdapterFile };
   const source = ofClass(await locateComponent(path, kind, options), ['T2IAdapter'], 'a T2I-Adapter', mend);
   t2iAdapterConfig(source);
   return source;
@@ -231,15 +228,15 @@ interface Lone {
   /** Where a checkpoint of training has it. */
   subfolder: string;
   mend: string;
-  /** What its folder may have in the place of a config.json. */
-  file?: string;
   openFile(path: string): ModelSource;
-  openFolder(path: string, variant?: string): ModelSource;
+  /** What its folder may have in the place of a config.json, and how such a folder is opened. */
+  file?: string;
+  openFolder?(path: string, variant?: string): ModelSource;
 }
 
 async function locateComponent(
   path: string,
-  { what, subfolder, mend, file = 'config.json', openFile, openFolder }: Lone,
+  { what, subfolder, mend, openFile, file = 'config.json', openFolder }: Lone,
   options: LocateOptions,
 ): Promise<ModelSource> {
   if (existsSync(path) && !statSync(path).isDirectory()) {
@@ -255,8 +252,11 @@ async function locateComponent(
   const own = [folder, join(folder, subfolder)].find((each) =>
     ['config.json', file].some((name) => existsSync(join(each, name))),
   );
-  if (!own) throw new UserError(`${path} has no config.json; give ${mend}`);
-  return openFolder(own, options.variant);
+  if (!own) {
+    refuseRun(path);
+    throw new UserError(`${path} has no config.json; give ${mend}`);
+  }
+  return openFolder?.(own, options.variant) ?? openComponent(own, { variant: options.variant });
 }
 
 /** The files of a lone component's repository: its config, and its weights as diffusers names them. @throws UserError for none */
