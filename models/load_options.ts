@@ -12,6 +12,7 @@ import type { AdapterFile } from './lora/lora.ts';
 import { shown } from './request.ts';
 import type { TextConfig } from './text/clip.ts';
 import type { UNetConfig } from './unet/unet.ts';
+import { pooledTaken } from './unet/unet_encoder.ts';
 import type { Autoencoder } from './vae/autoencoder.ts';
 
 /** What a model's weights are of; a refiner has no text_encoder. */
@@ -104,14 +105,14 @@ export function checkedLoad(source: ModelSource, given: Partial<LoadOptions> = {
 }
 
 /**
- * The UNet reads the text encoders' features side by side, a refiner's are of text_encoder_2 alone; and the last one's pooled vector
- * beside `ids` embedded sizes. @throws UserError where it takes others than they give
+ * The UNet reads the text encoders' features side by side, a refiner's are of text_encoder_2 alone, and that one's pooled vector.
+ * @throws UserError where it takes others than they give
  */
 export function checkTexts(
   source: ModelSource,
   unet: UNetConfig,
   configs: readonly TextConfig[],
-  ids: number,
+  aesthetic: boolean,
 ): void {
   const { path } = source;
   const taken = unet.cross_attention_dim;
@@ -122,11 +123,10 @@ export function checkTexts(
         ? `the UNet of ${path} takes ${taken} features of text and its text encoders give ${given}; take all of them from one model`
         : `${path} has no text_encoder, and its UNet takes ${taken} features of text, of which text_encoder_2 gives ${given}; the model is incomplete, download it again`,
     );
-  const { projection_class_embeddings_input_dim: all, addition_time_embed_dim: each } = unet;
-  const pooled = configs.at(-1)?.projection_dim;
-  if (pooled !== undefined && pooled + ids * each !== all)
+  const [wanted, pooled] = [pooledTaken(unet, aesthetic), configs.at(-1)?.projection_dim];
+  if (pooled !== undefined && pooled !== wanted)
     throw new UserError(
-      `the UNet of ${path} takes ${all} numbers beside the prompt ("projection_class_embeddings_input_dim"), where text_encoder_2 gives ${pooled} and ${ids} sizes ${each} each ("addition_time_embed_dim"); take config and weights from one model`,
+      `the UNet of ${path} takes a pooled prompt of ${wanted} numbers, by "projection_class_embeddings_input_dim" and "addition_time_embed_dim" in its config.json, and text_encoder_2 gives ${pooled}; take config and weights from one model`,
     );
 }
 

@@ -143,7 +143,7 @@ function checkedParts(source: ModelSource, { ipAdapter }: LoadOptions) {
   const unetConfig = parseUNetConfig(source.config('unet'));
   const textConfigs = components.map((name) => parseTextConfig(source.config(name)));
   const aesthetic = source.modelIndex.requires_aesthetics_score === true;
-  checkTexts(source, unetConfig, textConfigs, aesthetic ? 5 : 6);
+  checkTexts(source, unetConfig, textConfigs, aesthetic);
   if (aesthetic && ipAdapter?.length)
     throw new UserError(
       `${source.path} is a refiner, for which there are no IP-Adapters; use them with the base`,

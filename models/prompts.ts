@@ -15,6 +15,7 @@ import {
   promptCount,
 } from './text/conditioning.ts';
 import type { UNetConfig } from './unet/unet.ts';
+import { pooledTaken } from './unet/unet_encoder.ts';
 import { checkShape } from './vae/latents.ts';
 
 /** A text stands for a list of one; for as many as there are prompts where it is no prompt itself. */
@@ -64,9 +65,7 @@ export function checkPrompts({ unetConfig, aesthetic }: TextTaker, prompts: Prom
     throw new UserError(
       `prompt_weights has ${weights.length} numbers for ${count} prompts: give one to each, of which one picture is drawn together`,
     );
-  const ids = aesthetic ? 5 : 6;
-  const pooledWidth =
-    unetConfig.projection_class_embeddings_input_dim - ids * unetConfig.addition_time_embed_dim;
+  const pooledWidth = pooledTaken(unetConfig, aesthetic);
   let tokens: number | undefined;
   for (const [name, pooledName, texts] of kinds) {
     const [embeds, pooled] = [prompts[name], prompts[pooledName]];

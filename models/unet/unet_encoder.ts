@@ -166,6 +166,12 @@ export const featureWidths = ({ block_out_channels, layers_per_block }: EncoderC
   ),
 ];
 
+/** How wide a pooled prompt is that stands before the embedded sizes, six, or five with an aesthetic score (the refiner). */
+export const pooledTaken = (
+  { projection_class_embeddings_input_dim: all, addition_time_embed_dim: each }: EncoderConfig,
+  aesthetic: boolean,
+): number => all - (aesthetic ? 5 : 6) * each;
+
 export const normOf = (config: EncoderConfig): NormConfig => ({
   groups: config.norm_num_groups,
   eps: config.norm_eps,

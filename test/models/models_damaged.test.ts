@@ -222,7 +222,7 @@ const cases: readonly (readonly [flaw: string, damage: (model: string) => void, 
     [
       "another model's widths of embedded sizes",
       telling('unet/config.json', { addition_time_embed_dim: 32 }),
-      [/takes 136 numbers beside the prompt .* where text_encoder_2 gives 40 and 6 sizes 32 each/],
+      [/takes a pooled prompt of -56 numbers, by .* and text_encoder_2 gives 40; take config and weights/],
     ],
     [
       'a tokenizer of longer prompts',
