@@ -4,6 +4,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { UserError } from '../io/errors.ts';
 import { type Json, type ModelSource, openComponent } from '../models/checkpoint/checkpoint.ts';
+import { llliteFile } from '../models/control/lllite.ts';
 import { randomModel } from '../models/formats/random_weights.ts';
 import { readState, tokenizersOf } from './checkpoint.ts';
 import { ipAdapterFile } from './controls/ip_adapter.ts';
@@ -58,6 +59,11 @@ export async function openCheckpoint(path: string, { ema, locate }: CheckpointOp
 
 /** What is trained beside the model or into it is read as it lies in the checkpoint. @throws UserError that tells where */
 function refuseAdded(path: string, { train: { target } }: Run): void {
+  const lite = join('controlnet', llliteFile);
+  if (target === 'controlnet' && existsSync(join(path, lite)))
+    throw new UserError(
+      `${path} is a ControlNet-LLLite's, which ComfyUI, A1111 and sdxl sample --controlnet read as it is: take ${join(path, lite)}, or its averages in ${join(path, 'ema', lite)}`,
+    );
   if (target === 'controlnet' || target === 't2i_adapter') {
     const [name, kind] = target === 'controlnet' ? ['controlnet', 'ControlNet'] : ['adapter', 'T2I-Adapter'];
     throw new UserError(

@@ -8,6 +8,7 @@ import { tensor } from '../../engine/tensor.ts';
 import { openModel } from '../../models/checkpoint/checkpoint.ts';
 import { lllite, llliteConfig, openLLLite } from '../../models/control/lllite.ts';
 
+import { locateControlNet } from '../../models/locate/locate.ts';
 import { parseUNetConfig } from '../../models/unet/unet.ts';
 import { listCheckpoints } from '../../train/checkpoint.ts';
 import { controlled as followed } from '../../train/controls/controlnet.ts';
@@ -16,6 +17,7 @@ import { planOf } from '../../train/plan.ts';
 import { resolveRun } from '../../train/run/resolve_run.ts';
 import type { RunInput } from '../../train/run/run.ts';
 import { frozenUNet, type Gradient, holdGradients, pixelShape } from '../support/beside_gradients.ts';
+import { sdxl } from '../support/command_line.ts';
 import { goldenLines } from '../support/golden.ts';
 import { llliteKeys, writeLLLite } from '../support/lllite_golden.ts';
 import {
@@ -95,6 +97,10 @@ test('runs resume bit for bit, and sdxl sample and the next run take what they m
   t.notOk(free.equals(await drawn(t, 'under', '--controlnet', `${final}:50`, '--control-image', image)));
   const checkpoint = listCheckpoints(join(folder, 'lllite-whole')).at(-1) as string;
   await drawn(t, 'under-checkpoint', '--controlnet', checkpoint, '--control-image', image);
+  await t.rejects(locateControlNet(join(folder, 'lllite-whole')), /is the folder of a run; give .*final$/);
+  const { status, err } = await sdxl('export', checkpoint, join(folder, 'exported'));
+  t.equal(status, 2, err);
+  t.match(err, /is a ControlNet-LLLite's, .* take .*controlnet\/lllite\.safetensors/);
 
   const given = lite({ controlnet_model_name_or_path: final });
   const next = await run({ ...basic('next'), ...given, steps: 1, optimizer: { lr: 0 }, ema: { decay: 0 } });
