@@ -1,5 +1,5 @@
-// What users of stable-diffusion.cpp, A1111 and diffusers type for flags of `sdxl sample` and `sdxl serve` that have a shorter or another name here;
-// docs/coming_from.md has the rest.
+// What users of stable-diffusion.cpp, A1111 and diffusers type for flags of `sdxl sample` and `sdxl serve` that have a shorter or another
+// name here; docs/coming_from.md has the rest.
 
 /** Other programs' words for our flags. */
 const aliases: Readonly<Record<string, string>> = {
