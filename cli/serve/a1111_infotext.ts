@@ -16,8 +16,11 @@ const usual: Readonly<Record<string, unknown>> = {
   'Refiner switch by sampling steps': false,
 };
 
-/** Behind a comma alone, or a long text would be gone through again from each of its letters. */
-const fields = /(?<=^|,)\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)/g;
+/**
+ * Behind a comma alone, or a long text would be gone through again from each of its letters; and without a choice for each letter of what is
+ * quoted, which the stack has no room for.
+ */
+const fields = /(?<=^|,)\s*(\w[\w \-/]+):\s*("[^"\\]*(?:\\.[^"\\]*)*"|[^,]*)(?:,|$)/g;
 
 /** The last line is fields where it has three of them; a line that begins so is the negative prompt, with those behind it. */
 export function labelledParameters(text: string): Record<string, unknown> {

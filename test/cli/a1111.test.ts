@@ -97,8 +97,9 @@ test('what else made a picture is told', (t) => {
 
 test('a quoted text as long as a file', (t) => {
   const long = 'a'.repeat(2e7); // more letters than a stack has room for choices
-  const { settings } = readParameters(`fox\nSteps: 3, Hires prompt: "${long}", Hires upscale: 2`);
-  t.equal(settings.hiresPrompt?.toString().length, 2e7);
+  const text = `fox\nSteps: 3, Hires prompt: "${long}", Hires upscale: 2`;
+  t.equal(readParameters(text).settings.hiresPrompt?.toString().length, 2e7);
+  t.equal(labelledParameters(text)['Hires prompt']?.toString().length, 2e7);
   t.end();
 });
 
