@@ -40,7 +40,9 @@ export function chosenStyles(path: string, names: readonly string[], key: string
     const style = styles.find((each) => each.name === name);
     if (style) return style;
     const known = styles.map((each) => each.name);
-    throw new UserError(`${key} "${name}" is not in ${path}${didYouMean(name, known)}`);
+    const some =
+      known.length > 0 ? `: it has ${known.slice(0, 10).join(', ')}${known.length > 10 ? ', ...' : ''}` : '';
+    throw new UserError(`${key} "${name}" is not in ${path}${didYouMean(name, known) || some}`);
   });
 }
 

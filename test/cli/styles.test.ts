@@ -137,6 +137,10 @@ test('a picture in a style is the one of the whole text, which it carries', asyn
       [...fox, '--styles-file', styles, '--style', 'film'],
       /--style "film" is not in .*; did you mean "Film"/,
     ],
+    [
+      [...fox, '--styles-file', styles, '--style', 'Watercolour'],
+      /--style "Watercolour" is not in .*: it has .*Film/,
+    ],
     [[...fox, '--styles-file', at('none.csv'), '--style', 'Ink'], /none\.csv/],
   ]);
 });
