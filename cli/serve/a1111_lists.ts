@@ -13,7 +13,7 @@ import { edmSampler, type Served } from './served.ts';
 
 /** Of things that are looked for when they are asked for, or that there are none of. */
 const toRefresh = ['refresh-loras', 'refresh-checkpoints', 'refresh-vae', 'refresh-embeddings'];
-const absent = [...['hypernetworks', 'face-restorers', 'realesrgan-models', 'script-info', 'extensions']];
+const absent = ['hypernetworks', 'face-restorers', 'realesrgan-models', 'script-info', 'extensions'];
 
 /** What A1111 does and this server does not, with the mend. */
 const refused: Readonly<Record<string, string>> = {
