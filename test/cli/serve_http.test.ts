@@ -247,7 +247,7 @@ test('hundreds of connections that say little keep nobody out', async (t) => {
   for (let i = 0; i < 300; i++) await open(i === 0 ? '' : `${post}Content-Length: 9\r\n\r\n{`);
   const began = performance.now();
   t.equal((await fetch(`${url}/now`)).status, 200);
-  t.ok(performance.now() - began < 2000, 'another is answered at once');
+  t.ok(performance.now() - began < 5000, 'another is answered at once, where it had to wait for ten seconds');
   upload.end('"}');
   const [{ statusCode }] = await answered;
   t.equal(statusCode, 200, 'a slow upload goes on');
